@@ -1,0 +1,21 @@
+# make demo: train both stages on real digits and paint; make test: ruff and pytest. Both set themselves up in .venv.
+PYTHON ?= python3
+
+demo: .venv/demo-ready
+	PYTHON=.venv/bin/python bash runs/demo.sh
+
+test: .venv/test-ready
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
+
+.venv/demo-ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv || (rm -rf .venv; echo "Python has no venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test-ready: .venv/demo-ready requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test

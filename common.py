@@ -1,0 +1,300 @@
+"""What every script needs: checkpoints, the learning rate, the run folder (log, plot, pictures), devices, errors."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+# -- command line ---------------------------------------------------------------------------------------------------
+
+
+def cli(main):
+    """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("NANOLLAMAGEN_TRACE"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def autocast(device, dtype):
+    """The autocast context of a training step: bfloat16, or nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def pick_dtype(name, device):
+    """"auto" means bfloat16 on a CUDA device that has it and float32 elsewhere."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return name
+
+
+def add_training_options(parser, **defaults):
+    """The options that train_vq.py and train_gpt.py share; `defaults` are those of the script's published recipe."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
+    run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and dropout")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="autocast of the step")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU only)")
+    run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
+    run.add_argument("--eval-every", type=int, default=1000, help="steps between held-out losses")
+    run.add_argument("--picture-every", type=int, default=1000, help="steps between pictures (0: at the end only)")
+    run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
+    opt = parser.add_argument_group("optimisation")
+    opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
+    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall-clock limit, minutes of training")
+    opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
+    opt.add_argument("--micro-batch-size", type=int, help="images per forward; the rest is accumulated (default: all)")
+    opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"], help="after the warm-up")
+    opt.add_argument("--warmup-steps", type=int, default=0, help="linear warm-up")
+    opt.add_argument("--min-lr", type=float, default=0.0, help="where the cosine ends")
+    opt.add_argument("--beta1", type=float, default=0.9, help="of AdamW")
+    opt.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    opt.add_argument("--weight-decay", type=float, default=0.05, help="on matrices and kernels, not on vectors")
+    opt.add_argument("--clip", type=float, default=1.0, help="gradient norm (0: none)")
+    opt.add_argument("--ema", type=float, default=0.0, help="decay per step of the averaged weights (0: none)")
+
+
+def check_training_options(args):
+    """ValueError for numbers that no run can have; fills in the micro batch."""
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "eval_every", "max_minutes"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} has to be above 0, not {getattr(args, name)}")
+    if args.batch_size % args.micro_batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema} is not in [0, 1)")
+
+
+# -- optimisation ---------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, args, device):
+    """AdamW with weight decay on tensors of two or more dimensions only (matrices, kernels, tables)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda")
+
+
+def learning_rate(args, step, progress):
+    """The rate of step `step` (from 0); `progress` in [0, 1] is the larger share of steps and of minutes used up."""
+    warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    if args.schedule == "constant":
+        return warm * args.lr
+    return warm * (args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def update(model, optimizer, lr, clip):
+    """One optimizer step on the gradients that are there, clipped; returns their norm before, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model for the parameters; buffers are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_file(path, content):
+    """torch.save under a temporary name, flushed to disk, then renamed: a file of this name is always whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_file(path):
+    """A checkpoint as a dict of CPU tensors and plain values; nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError with the file's name where it is no readable checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen pickles its options along
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises a dozen kinds for a broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def read_weights(path):
+    """(state dict, config dict or None, whole file) of a file that this project or LlamaGen wrote.
+
+    The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
+    """
+    content = read_file(path)
+    weights = next((content[k] for k in ("ema", "model", "module", "state_dict") if content.get(k)), content)
+    weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    return weights, content.get("config"), content
+
+
+def load_weights(model, weights, path):
+    """Strict: ValueError naming what is missing, unexpected or misshapen. Assigns, so `model` may be on meta."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [f"missing {k}" for k in want if k not in have]
+    wrong += [f"unexpected {k}" for k in have if k not in want]
+    wrong += [f"{k} is {list(have[k])}, expected {list(want[k])}" for k in want if k in have and want[k] != have[k]]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path}: the weights do not fit: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def rng_state(device):
+    """The states of every generator that training draws from (data order needs none: it follows the step)."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# -- the run folder -------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """log.jsonl (one object per logged step), config.json (command, options, versions) and loss.png of a run."""
+
+    def __init__(self, out, args, start_step):
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.path = self.out / "log.jsonl"
+        old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
+        self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        config = {"command": sys.argv, "options": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
+        (self.out / "config.json").write_text(json.dumps(config, indent=1))
+
+    def write(self, **row):
+        """Append one object; numbers are rounded to six digits."""
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def plot(self):
+        """loss.png: training and held-out loss over steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name in ("loss", "val_loss"):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if name == "val_loss" else None)
+        axes.set(xlabel="step", ylabel="loss", title=self.out.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.out / "loss.png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+
+
+class Means:
+    """Running means of scalar tensors, kept on the device until they are logged."""
+
+    def __init__(self):
+        self.pop()
+
+    def add(self, weight=1.0, **values):
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = total + weight * value.detach(), count + weight
+
+    def pop(self):
+        """{name: mean}, and start anew."""
+        sums, self.sums = getattr(self, "sums", {}), {}
+        return {name: float(total) / count for name, (total, count) in sums.items()}
+
+
+class Timer:
+    """Milliseconds between calls, without waiting for the device."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def __call__(self):
+        last, self.last = self.last, time.perf_counter()
+        return 1000 * (self.last - last)
+
+
+def to_uint8(images):
+    """[B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3], as LlamaGen writes images: clamp(127.5 x + 128, 0, 255)."""
+    return (127.5 * images.float() + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def save_grid(path, images, columns, labels=None, scale=None):
+    """Write uint8 images [N, H, W, 3] as one PNG, `columns` a row, with a label under each if there are any.
+
+    Small images are enlarged by a whole number (`scale`; by default to about 96 pixels) without smoothing.
+    """
+    n, h, w, _ = images.shape
+    scale = scale or max(1, round(96 / max(h, w)))
+    font = ImageFont.load_default(size=12)
+    pad, text = 4, 16 if labels else 0
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (columns * (w * scale + pad) + pad, rows * (h * scale + text + pad) + pad), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        x, y = pad + i % columns * (w * scale + pad), pad + i // columns * (h * scale + text + pad)
+        sheet.paste(Image.fromarray(np.asarray(images[i])).resize((w * scale, h * scale), Image.NEAREST), (x, y))
+        if labels:
+            label = str(labels[i])
+            while len(label) > 1 and font.getlength(label) > w * scale:
+                label = label[:-1]
+            draw.text((x, y + h * scale + 1), label, fill="black", font=font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,254 @@
+"""Images -> code files for train_gpt.py: OUT/train and OUT/val, each codes.npy, labels.npy and meta.json.
+
+    python encode.py --vq out/vq/vq.pt --data digits --size 32 --crops random --n-random 6 --out out/codes
+    python encode.py --vq vq_ds16_c2i.pt --data imagenet --size 256 --crops ten --workers 16 --out codes  # LlamaGen's
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import autocast, cli, pick_device, pick_dtype
+from data import center_crop, check_batch, endless_positions, eval_batches, load_images, mirrored, ten_crop
+from vq import VQModel
+
+CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
+CODE_VERSION = 1
+CODE_KEYS = (
+    "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
+    "class_names", "data", "split", "notice",
+)  # fmt: skip
+
+
+def file_sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_dtype(codebook_size):
+    return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
+
+
+class CodeWriter:
+    """Writes a folder of codes: codes.npy [images, A, h*w], labels.npy int64 [images] and meta.json.
+
+    Use as a context manager; the files take their names when it closes without an error, also after fewer than
+    n_images. meta gives what CODE_KEYS lists and the arguments do not say.
+    """
+    def __init__(self, folder, n_images, n_aug, grid, codebook_size, meta):
+        self.folder, self.codebook_size, self.written = Path(folder), int(codebook_size), 0
+        self.meta = dict(meta, version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
+                         images=int(n_images))
+        missing = [key for key in CODE_KEYS if key not in self.meta]
+        if missing:
+            raise ValueError(f"the description of the codes lacks {', '.join(missing)}")
+        if len(self.meta["augmentations"]) != n_aug:
+            raise ValueError(f"{len(self.meta['augmentations'])} augmentations are named, {n_aug} are announced")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.labels = np.zeros(n_images, dtype=np.int64)
+        self.codes = self._open("codes", n_images, n_aug)
+
+    def _temporary(self, name):
+        return self.folder / f".{name}.partial"
+
+    def _open(self, name, n_images, n_aug):
+        shape = (n_images, n_aug, int(np.prod(self.meta["grid"])))
+        dtype = _code_dtype(self.codebook_size)
+        return np.lib.format.open_memmap(self._temporary(name), mode="w+", dtype=dtype, shape=shape)
+
+    def write(self, codes, labels):
+        """codes [b, A, h*w] and labels [b], tensors or arrays of integers; raises ValueError if they do not fit."""
+        codes, labels = (np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x) for x in (codes, labels))
+        end = self.written + len(codes)
+        if codes.shape[1:] != self.codes.shape[1:] or len(labels) != len(codes) or end > len(self.codes):
+            raise ValueError(f"codes {codes.shape} and labels {labels.shape} do not fit into {self.codes.shape} "
+                             f"after {self.written} images")
+        _check_range("codes", codes, self.codebook_size)
+        _check_range("labels", labels, len(self.meta["class_names"]))
+        self.codes[self.written:end] = codes
+        self.labels[self.written:end] = labels
+        self.written = end
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:
+                self._close()
+        finally:
+            for name in ("codes", "fewer", "labels", "meta"):
+                self._temporary(name).unlink(missing_ok=True)
+
+    def _close(self):
+        if self.written == 0:
+            raise ValueError(f"no codes were written to {self.folder}")
+        name = "codes"
+        if self.written < len(self.codes):
+            name, codes = "fewer", self._open("fewer", self.written, self.codes.shape[1])
+            codes[:] = self.codes[:self.written]
+            self.codes = codes
+        self.codes.flush()
+        with open(self._temporary("labels"), "wb") as file:
+            np.save(file, self.labels[:self.written])
+        self.meta["images"] = self.written
+        self._temporary("meta").write_text(json.dumps(self.meta, indent=1))
+        (self.folder / "meta.json").unlink(missing_ok=True)  # meta.json says that the other two are whole
+        for temporary, final in ((name, "codes.npy"), ("labels", "labels.npy"), ("meta", "meta.json")):
+            self._temporary(temporary).replace(self.folder / final)
+
+
+def _check_range(what, values, end):
+    if values.size and not (0 <= int(values.min()) and int(values.max()) < end):
+        raise ValueError(f"{what} reach from {values.min()} to {values.max()}, outside 0..{end - 1}")
+
+
+class CodeFile:
+    """A folder that CodeWriter wrote, opened and checked; raises ValueError with one sentence that names the file.
+
+    codes: memory map [images, A, h*w]; labels: int64 [images]; meta: the dict of meta.json.
+    """
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.meta = self._read("meta.json", lambda path: json.loads(path.read_text()))
+        missing = [key for key in CODE_KEYS if key not in self.meta]
+        if missing or self.meta["version"] != CODE_VERSION:
+            raise ValueError(f"{self.folder / 'meta.json'} " + (f"lacks {', '.join(missing)}" if missing else
+                             f"has version {self.meta['version']}, this program reads {CODE_VERSION}"))
+        self.codebook_size, self.class_names = self.meta["codebook_size"], self.meta["class_names"]
+        self.grid = tuple(self.meta["grid"])
+        self.codes = self._read("codes.npy", lambda path: np.load(path, mmap_mode="r"))
+        self.labels = self._read("labels.npy", np.load)
+        self._check()
+
+    def __len__(self):
+        return len(self.codes)
+
+    def _read(self, name, read):
+        try:
+            return read(self.folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{self.folder / name} is not there: encode the images first") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{self.folder / name} is truncated or damaged ({error})") from error
+
+    def _check(self):
+        path = self.folder / "codes.npy"
+        shape = (self.meta["images"], len(self.meta["augmentations"]), self.grid[0] * self.grid[1])
+        if self.codes.dtype != _code_dtype(self.codebook_size):
+            raise ValueError(f"{path} is {self.codes.dtype}, a codebook of {self.codebook_size} needs "
+                             f"{_code_dtype(self.codebook_size)}")
+        if self.codes.shape != shape:
+            raise ValueError(f"{path} has the shape {self.codes.shape}, meta.json says {shape} (images, augmentations, "
+                             f"{self.grid[0]} x {self.grid[1]} codes)")
+        if self.labels.dtype != np.int64 or self.labels.shape != shape[:1]:
+            raise ValueError(f"{self.folder / 'labels.npy'} is {self.labels.dtype} {self.labels.shape}, "
+                             f"not int64 {shape[:1]}")
+        _check_range(f"the labels in {self.folder / 'labels.npy'}", self.labels, len(self.class_names))
+        for first in range(0, len(self.codes), 4096):
+            _check_range(f"the codes in {path}", self.codes[first:first + 4096], self.codebook_size)
+
+    def check(self, tokenizer_sha256=None):
+        """Raises ValueError where the codes are another tokenizer's."""
+        if tokenizer_sha256 is not None and tokenizer_sha256 != self.meta["tokenizer_sha256"]:
+            raise ValueError(f"{self.folder / 'meta.json'} names the tokenizer {self.meta['tokenizer']} "
+                             f"({self.meta['tokenizer_sha256'][:12]}), the one given is {tokenizer_sha256[:12]}")
+
+    def code_batch(self, step, batch_size, seed, rank=0, world=1):
+        """(codes int64 [B/world, h*w], labels int64 [B/world]) of the endless sequence; depends on (seed, step) alone.
+
+        The augmentation is drawn anew for each picture and epoch. batch_size B is over all ranks.
+        """
+        check_batch(len(self), batch_size, world)
+        epochs, indices = endless_positions(len(self), step, batch_size, seed, rank, world)
+        views = [np.random.default_rng((seed, int(e), int(i))).integers(self.codes.shape[1])
+                 for e, i in zip(epochs, indices, strict=True)]
+        codes = torch.from_numpy(self.codes[indices, views].astype(np.int64))  # [B/world, h*w]
+        return codes, torch.from_numpy(self.labels[indices])
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
+    parser.add_argument("--data", required=True, help="digits, emoji, or a folder of images or of class folders")
+    parser.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the code files")
+    parser.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
+    crops = parser.add_argument_group("augmentations, all stored")
+    crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
+    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
+    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image out of 1 to 1.25 * SIZE")
+    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, where the set allows")
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=int, default=32, help="images at a time, each with all its crops")
+    run.add_argument("--workers", type=int, default=0, help="processes that read images")
+    run.add_argument("--seed", type=int, default=0, help="of random crops")
+    run.add_argument("--device", default="auto")
+    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="the search is float32")
+    return parser.parse_args()
+
+
+def choose_crops(args, flip):
+    """What Views takes as `crop`, and a name for each augmentation it gives."""
+    if args.crops == "random":
+        return args.n_random, [f"random {i}" for i in range(args.n_random)]
+    if args.crops == "center":
+        names = ["centre"] + (["centre, mirrored"] if flip else [])
+        return (mirrored if flip else center_crop), names
+    each = CORNERS + ([f"{c}, mirrored" for c in CORNERS] if flip else [])
+    names = [f"{c} of {scale}" for scale in args.crop_scales for c in each]
+    return (lambda img, size: [c for s in args.crop_scales for c in ten_crop(img, size, s)[: len(each)]]), names
+
+
+def encode_split(vq, split, args, size, device, dtype, tokenizer_sha256):
+    """Write OUT/split; returns the number of images."""
+    image_set = load_images(args.data, split, size, args.val_data)
+    image_set.flip = image_set.flip and args.flip
+    crop, names = choose_crops(args, image_set.flip)
+    height, width = (size, size) if isinstance(size, int) else size
+    meta = dict(
+        tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256, image_size=[height, width], augmentations=names,
+        class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
+    )  # fmt: skip
+    grid, n_aug = (height // vq.config.factor, width // vq.config.factor), len(names)
+    with CodeWriter(args.out / split, len(image_set), n_aug, grid, vq.config.codebook_size, meta) as writer:
+        batches = eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers, seed=args.seed)
+        bar = tqdm(batches, desc=split, total=-(-len(image_set) // args.batch_size), unit="batch")
+        for images, labels, _ in bar:
+            images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
+            with autocast(device, dtype):
+                codes = vq.encode(images)
+            writer.write(codes.view(len(labels), n_aug, -1), labels)
+        return writer.written
+
+
+def main():
+    args = options()
+    if len(args.size) > 2 or min(args.size) < 1 or min(args.batch_size, args.n_random) < 1:
+        raise ValueError("--size takes one or two numbers, and they, --batch-size and --n-random have to be above 0")
+    if min(args.crop_scales) < 1:
+        raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
+    size = args.size[0] if len(args.size) == 1 else tuple(args.size)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    vq = VQModel.from_pretrained(args.vq).to(device)
+    sha = file_sha256(args.vq)
+    start = time.perf_counter()
+    images = {}
+    for split in ("train", "val"):
+        images[split] = encode_split(vq, split, args, size, device, dtype, sha)
+    seconds = time.perf_counter() - start
+    (args.out / "result.json").write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
+    print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    cli(main)

@@ -1,0 +1,359 @@
+"""The Llama that predicts image codes in raster order (LlamaGen, arXiv 2406.06525, section 2.2).
+
+Shapes: B, T, C tokens; T = n_cond condition tokens, then image tokens; H query heads, G key and value heads of D
+channels; V codes; L layers. Parameter names are those of LlamaGen's published files, which `GPT.from_pretrained` reads.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+from common import load_weights, read_weights
+
+PRESETS = {
+    "tiny": dict(n_layer=4, n_head=4, dim=128, ffn_dim=384),
+    "B": dict(n_layer=12, n_head=12, dim=768),
+    "L": dict(n_layer=24, n_head=16, dim=1024),
+    "XL": dict(n_layer=36, n_head=20, dim=1280),
+    "XXL": dict(n_layer=48, n_head=24, dim=1536),
+    "3B": dict(n_layer=24, n_head=32, dim=3200),
+    "1B": dict(n_layer=22, n_head=32, dim=2048),
+    "XXXL": dict(n_layer=48, n_head=40, dim=2560),
+    "7B": dict(n_layer=32, n_head=32, dim=4096),
+}
+
+
+@dataclass
+class GPTConfig:
+    n_layer: int = 12
+    n_head: int = 12  # H
+    dim: int = 768  # C
+    n_kv_head: int | None = None  # G; fewer than n_head is grouped-query attention
+    ffn_dim: int | None = None  # 8/3 dim, rounded up to a multiple of 256
+    vocab_size: int = 16384  # V
+    cond: str = "class"  # "class": one label; "text": n_cond features
+    num_classes: int = 1000
+    n_cond: int = 1
+    text_dim: int = 2048  # channels of a text feature (FLAN-T5-XL)
+    grid: tuple = (16, 16)  # image tokens: rows, columns
+    cond_rope: str = "identity"  # rotation of condition tokens: "identity", or "zero" as in the published weights
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.1  # on token embeddings, attention output and FFN output
+    cond_dropout: float = 0.1  # share of samples that train without their condition, for guidance
+
+    def __post_init__(self):
+        self.grid = tuple(self.grid)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.ffn_dim = self.ffn_dim or -(-int(8 * self.dim / 3) // 256) * 256
+        self.head_dim = self.dim // self.n_head  # D
+        if self.dim % self.n_head or self.head_dim % 4:
+            raise ValueError(f"dim {self.dim} over {self.n_head} heads gives no head width that is a multiple of 4")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid has to be (rows, columns), not {self.grid}")
+        for name, known in (("cond", ("class", "text")), ("cond_rope", ("identity", "zero"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} has to be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.cond == "class" and self.n_cond != 1:
+            raise ValueError(f"a class is one condition token, not {self.n_cond}")
+
+
+def rope_table(config, grid):
+    """cos, sin float32 [n_cond + h*w, D/2] of 2D RoPE: the first D/4 angles turn with the row, the others with the
+    column, each by base^(-4i/D), i = 0..D/4-1 (llama's rotation per axis; Su et al. 2021, eq. 15)."""
+    rows, columns = grid
+    d = config.head_dim // 2
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, d, 2, device="cpu").float() / d)  # D/4
+    along_rows = torch.outer(torch.arange(rows, device="cpu").float(), frequencies)
+    along_columns = torch.outer(torch.arange(columns, device="cpu").float(), frequencies)
+    angles = torch.cat(
+        [along_rows[:, None].expand(-1, columns, -1), along_columns[None].expand(rows, -1, -1)], dim=-1
+    ).flatten(0, 1)  # h*w, D/2
+    cos, sin = angles.cos(), angles.sin()
+    cond_cos = torch.full((config.n_cond, d), 1.0 if config.cond_rope == "identity" else 0.0, device="cpu")
+    return torch.cat([cond_cos, cos]), torch.cat([torch.zeros_like(cond_cos), sin])
+
+
+def apply_rope(x, cos, sin):
+    """Turn the channel pairs (2k, 2k+1) of x [B, T, H, D] by cos, sin [T, D/2], in float32; same dtype out."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # B, T, H, D/2
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x, residual=None):
+        """x, or x + residual in one pass -> its normalised form, and the sum itself."""
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps), x
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, start=0):
+        """Causal attention of x [B, T, C] at positions start..start+T-1; `cache` = (k, v) [B, G, S, D] takes theirs."""
+        b, t, _ = x.shape
+        heads = self.wqkv(x).view(b, t, -1, self.head_dim)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # B, T, H or G, D
+        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # B, H, T, D
+        v = v.transpose(1, 2)
+        if cache is not None:
+            for past, new in zip(cache, (k, v), strict=True):
+                past[:, :, start : start + t] = new
+            k, v = (past[:, :, : start + t] for past in cache)  # B, G, start + T, D
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.n_kv_head < self.n_head
+        )
+        return self.wo(y.transpose(1, 2).flatten(2))  # B, T, C
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x), with w1 and w3 as one product; files keep them apart, as published."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.register_state_dict_post_hook(self._split)
+        self.register_load_state_dict_pre_hook(self._fuse)
+
+    def forward(self, x):
+        return self.w2(kernels.swiglu(self.w13(x)))
+
+    @staticmethod
+    def _split(module, state, prefix, _metadata):
+        state[prefix + "w1.weight"], state[prefix + "w3.weight"] = state.pop(prefix + "w13.weight").chunk(2)
+
+    @staticmethod
+    def _fuse(module, state, prefix, *_):
+        halves = [state.pop(prefix + name, None) for name in ("w1.weight", "w3.weight")]
+        if None not in halves:  # a missing half is reported by the strict check
+            state[prefix + "w13.weight"] = torch.cat(halves)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, residual, *where):
+        """x is the branch before this block and still to be added to the residual stream: add and norm are one pass."""
+        x, residual = self.attention_norm(x, residual)
+        x = self.dropout(self.attention(x, *where))
+        x, residual = self.ffn_norm(x, residual)
+        return self.dropout(self.feed_forward(x)), residual
+
+
+class ClassEmbedder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)  # the last row is "no class"
+
+    def null(self, labels):
+        return torch.full_like(labels, self.embedding_table.num_embeddings - 1)
+
+    def forward(self, labels):
+        return self.embedding_table(labels).unsqueeze(1)  # B, 1, C
+
+
+class CaptionMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.text_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class TextEmbedder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.cap_proj = CaptionMLP(config)
+        nothing = torch.randn(config.n_cond, config.text_dim) / config.text_dim**0.5
+        self.register_buffer("uncond_embedding", nothing)  # "no text": fixed, not trained, as published
+
+    def null(self, features):
+        return self.uncond_embedding.to(features.dtype).expand_as(features)
+
+    def forward(self, features):
+        return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))  # B, n_cond, C
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D]."""
+
+    def __init__(self, config, batch, grid, device, dtype):
+        length = config.n_cond + grid[0] * grid[1] - 1  # the last code drawn is never read
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def keep(self, batch):
+        """Drop all but the first `batch` samples."""
+        self.k, self.v = self.k[:, :batch], self.v[:, :batch]
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = (ClassEmbedder if config.cond == "class" else TextEmbedder)(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.set_grid(config.grid)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)  # the first loss is exactly ln V
+
+    def set_grid(self, grid):
+        """Paint h x w codes from now on: the same weights, another rotation table."""
+        self.config.grid = tuple(grid)
+        device = self.tok_embeddings.weight.device
+        device = "cpu" if device.type == "meta" else device
+        for name, table in zip(("cos", "sin"), rope_table(self.config, self.config.grid), strict=True):
+            self.register_buffer(name, table.to(device), persistent=False)
+
+    def embed_condition(self, cond, cond_mask):
+        """Condition tokens [B, n_cond, C], and how many of them are padding, int64 [B], or None if none are."""
+        if self.config.cond == "text" and cond.shape[1:] != (self.config.n_cond, self.config.text_dim):
+            want = f"[B, {self.config.n_cond}, {self.config.text_dim}]"
+            raise ValueError(f"text features have to be {want}, not {list(cond.shape)}")
+        if self.training and self.config.cond_dropout:
+            drop = torch.rand(len(cond), device=cond.device) < self.config.cond_dropout
+            cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.null(cond), cond)
+        if cond_mask is None:
+            return self.cls_embedding(cond), None
+        cond_mask = cond_mask.bool()
+        torch._assert_async((cond_mask[:, 1:] >= cond_mask[:, :-1]).all(), "padding has to stand left of the text")
+        return self.cls_embedding(cond), (~cond_mask).sum(1)
+
+    def transform(self, x, hidden=None, cache=None, start=0):
+        """The blocks over x [B, T, C] at positions start..; `hidden` [B] counts padding that only sees itself."""
+        t = x.shape[1]
+        cos, sin = self.cos[start : start + t], self.sin[start : start + t]
+        mask = None if hidden is None else causal_mask(hidden, start, t)
+        x, residual = self.dropout(x), None
+        for i, block in enumerate(self.layers):
+            x, residual = block(x, residual, cos, sin, mask, cache and (cache.k[i], cache.v[i]), start)
+        return self.norm(x, residual)[0]
+
+    def forward(self, tokens, cond, cond_mask=None, targets=None):
+        """Teacher-forced logits; the same in training and evaluation.
+
+        tokens int64 [B, t], the first t codes of each image, 0 <= t < h*w; cond int64 [B] labels (num_classes: none) or
+        features [B, n_cond, text_dim] with cond_mask bool [B, n_cond], True where there is text, padding on the left;
+        targets int64 [B, t+1]. Returns logits float32 [B, t+1, V], logits[:, i] for code i, and the mean cross-entropy
+        in nats per code (None without targets). Raises ValueError where shapes do not fit.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
+            raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, h*w - 1 at most]")
+        prefix, hidden = self.embed_condition(cond, cond_mask)
+        x = torch.cat([prefix, self.tok_embeddings(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
+        x = self.transform(x, hidden)
+        logits = self.output(x[:, self.config.n_cond - 1 :]).float()  # B, t + 1, V
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    def prefill(self, cond, cond_mask, cache):
+        """Condition -> logits float32 [B, V] of the first code, and the hidden lengths that `step` wants."""
+        prefix, hidden = self.embed_condition(cond, cond_mask)
+        x = self.transform(prefix, hidden, cache)
+        return self.output(x[:, -1]).float(), hidden
+
+    def step(self, codes, index, hidden, cache):
+        """The code at raster position `index`, int64 [B] -> logits float32 [B, V] of the next one."""
+        x = self.tok_embeddings(codes).unsqueeze(1)  # B, 1, C
+        x = self.transform(x, hidden, cache, self.config.n_cond + index)
+        return self.output(x[:, 0]).float()
+
+    def new_cache(self, batch):
+        return KVCache(self.config, batch, self.config.grid, self.output.weight.device, self.output.weight.dtype)
+
+    @classmethod
+    def from_pretrained(cls, path, grid=None, **changes):
+        """Read LlamaGen's files or ours, in eval mode; sizes are found in the file, head counts follow from the width.
+
+        `grid` (rows, columns) is needed for published files, which do not tell it; for ours it replaces the
+        recorded one.
+        `changes` replaces fields of the config that no shape depends on (dropout, cond_dropout), for fine-tuning.
+        Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
+        """
+        weights, config, _ = read_weights(path)
+        if "tok_embeddings.weight" not in weights:
+            raise ValueError(f"{path}: not a GPT (it holds no tok_embeddings.weight)")
+        if config is None and grid is None:
+            raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384")
+        config = GPTConfig(**config) if config else infer_config(weights, path)
+        config = replace(config, grid=tuple(grid or config.grid), **changes)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, weights, path)
+        return model.float().eval()
+
+    def checkpoint(self):
+        """What from_pretrained reads: {"model": weights under the published names, "config": sizes}."""
+        return {"model": self.state_dict(), "config": asdict(self.config)}
+
+
+def causal_mask(hidden, start, t):
+    """True where query i (start..start+t-1) may see key j: j <= i, and j is no padding (j >= hidden[b]) or i itself."""
+    i = torch.arange(start, start + t, device=hidden.device)[:, None]
+    j = torch.arange(start + t, device=hidden.device)[None]
+    return ((j <= i) & (j >= hidden[:, None, None]) | (j == i))[:, None]  # B, 1, T, start + T
+
+
+def infer_config(weights, path):
+    """The sizes of a published GPT from the shapes of its tensors."""
+    vocab_size, dim = weights["tok_embeddings.weight"].shape
+    heads = {sizes["dim"]: sizes["n_head"] for sizes in PRESETS.values()}
+    try:
+        n_head = heads[dim]
+        qkv, ffn = weights["layers.0.attention.wqkv.weight"], weights["layers.0.feed_forward.w1.weight"]
+        if "cls_embedding.uncond_embedding" in weights:
+            n_cond, text_dim = weights["cls_embedding.uncond_embedding"].shape
+            cond = dict(cond="text", n_cond=n_cond, text_dim=text_dim)
+        else:
+            cond = dict(num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
+    except KeyError as error:
+        what = f"no preset is {dim} wide" if error.args[0] == dim else f"it holds no {error.args[0]}"
+        raise ValueError(f"{path}: not a published GPT ({what})") from None
+    n_kv_head = (qkv.shape[0] // (dim // n_head) - n_head) // 2
+    n_layer = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    return GPTConfig(
+        n_layer=n_layer, n_head=n_head, dim=dim, n_kv_head=n_kv_head, ffn_dim=ffn.shape[0], vocab_size=vocab_size,
+        cond_rope="zero", **cond,
+    )
+
+
+if __name__ == "__main__":
+    print(f"{'preset':8}{'layers':>8}{'dim':>6}{'heads':>7}{'head dim':>10}{'FFN':>7}{'parameters':>13}")
+    for preset, sizes in PRESETS.items():
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**sizes))
+        c, n = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{preset:8}{c.n_layer:>8}{c.dim:>6}{c.n_head:>7}{c.head_dim:>10}{c.ffn_dim:>7}{n:>12.1f}M")

@@ -1,0 +1,180 @@
+"""RMSNorm, and the residual add before it in the same pass: s = residual + x, y = s / sqrt(mean(s^2) + eps) * weight.
+
+Bytes per element: forward 2 passes (read x, write y), with the residual 4, backward 3 (read dy and s, write dx; one
+more where the sum has a gradient of its own). FLOPs: about 4 forward and 10 backward per element: bound by memory.
+Statistics are float32 and the cast to the input dtype comes before the weight, as the published weights expect.
+The sum has the residual's dtype, whatever the branch x was computed in: a float32 stream under autocast stays float32
+through all blocks. y has the dtype of x. The statistics are those of the rounded sum, which the backward reads again.
+Weight gradient: one float32 row per program, then one sum: no atomics, so it is the same in every run.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Llama.
+"""
+
+import torch
+
+from kernels import on_device, rows_of, tl, triton, use_triton
+
+TILE = 4096  # elements per program: 4 rows of width 1024, 1 row from 2049 on
+MAX_WIDTH = 8192
+
+
+def rms_norm_ref(x, weight, eps, residual=None):
+    s = x if residual is None else (residual + x).to(residual.dtype)
+    wide = s if s.dtype == torch.float64 else s.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = y.to(x.dtype) * weight.to(x.dtype)
+    return y if residual is None else (y, s)
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, stride_xm, stride_rm, M, W, eps,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_w = tl.arange(0, BLOCK_W)[None, :]
+    mask_w = offs_w < W
+    mask = (offs_m < M) & mask_w
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0)
+    x = tl.load(x_ptr + offs_m * stride_xm + offs_w, mask=mask, other=0.0)
+    s = x.to(tl.float32)
+    if ADD:
+        s += tl.load(residual_ptr + offs_m * stride_rm + offs_w, mask=mask, other=0.0).to(tl.float32)
+        rounded = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + offs_m * W + offs_w, rounded, mask=mask)
+        s = rounded.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / W + tl.cast(eps, tl.float32))
+    normed = (s * rstd).to(x.dtype).to(tl.float32)
+    y = normed * weight.to(x.dtype).to(tl.float32)
+    tl.store(y_ptr + offs_m * W + offs_w, y.to(x.dtype), mask=mask)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr, ds_ptr, s_ptr, weight_ptr, dx_ptr, dweight_ptr, stride_dym, stride_dsm, stride_sm, M, W, eps,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    offs_w = tl.arange(0, BLOCK_W)[None, :]
+    mask_w = offs_w < W
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(dy_ptr.dtype.element_ty).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        offs_m = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        mask = (offs_m < M) & mask_w
+        dy = tl.load(dy_ptr + offs_m * stride_dym + offs_w, mask=mask, other=0.0)
+        s = tl.load(s_ptr + offs_m * stride_sm + offs_w, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / W + tl.cast(eps, tl.float32))
+        normed = s * rstd
+        dweight += dy.to(tl.float32) * normed.to(dy.dtype).to(tl.float32)
+        dnormed = dy.to(tl.float32) * weight
+        dx = rstd * (dnormed - normed * (tl.sum(dnormed * normed, axis=1, keep_dims=True) / W))
+        if ADD:
+            dx += tl.load(ds_ptr + offs_m * stride_dsm + offs_w, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offs_m * W + offs_w, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dweight_ptrs = dweight_ptr + tl.program_id(0).to(tl.int64) * W + offs_w
+    tl.store(dweight_ptrs, tl.sum(dweight, axis=0, keep_dims=True), mask=mask_w)
+
+
+def launch_config(W, backward):
+    """Constants for rows of width W. The backward has half the elements per thread: it keeps dweight in registers."""
+    block_w = triton.next_power_of_2(W)
+    block_m = min(max(TILE // block_w, 1), 64)
+    warps = 8 if backward or block_w > TILE else 4
+    return dict(BLOCK_M=block_m, BLOCK_W=block_w, num_warps=warps * 2 if backward and block_w > TILE else warps)
+
+
+def _forward(x, residual, weight, eps):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = torch.empty(x.shape, dtype=residual.dtype, device=x.device) if residual is not None else y
+    if x.numel():
+        config, xs, weight = launch_config(x.shape[-1], backward=False), rows_of(x), weight.contiguous()
+        rs = xs if residual is None else rows_of(residual)
+        M, W = xs.shape
+        with on_device(x):
+            _rms_norm_fwd_kernel[triton.cdiv(M, config["BLOCK_M"]),](
+                xs, rs, weight, y, s, xs.stride(0), rs.stride(0), M, W, eps, ADD=residual is not None, **config
+            )
+    return y, s
+
+
+@torch.library.custom_op("nanollamagen::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _forward(x, None, weight, eps)[0]
+
+
+@torch.library.custom_op("nanollamagen::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(x, residual, weight, eps)
+
+
+@torch.library.custom_op("nanollamagen::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    if not s.numel():
+        return dx, torch.zeros_like(weight)
+    config, dys, rows = launch_config(s.shape[-1], backward=True), rows_of(dy), rows_of(s)
+    dss = dys if ds is None else rows_of(ds)
+    M, W = rows.shape
+    # 4 programs per multiprocessor fill it; the interpreter runs them one after the other
+    most = 4 * torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
+    programs = min(triton.cdiv(M, config["BLOCK_M"]), most)
+    partial = torch.empty(programs, W, dtype=torch.float32, device=s.device)
+    with on_device(s):
+        _rms_norm_bwd_kernel[programs,](
+            dys, dss, rows, weight.contiguous(), dx, partial,
+            dys.stride(0), dss.stride(0), rows.stride(0), M, W, eps, ADD=ds is not None, **config,
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return x.new_empty(x.shape)
+
+
+@_add_rms_norm.register_fake
+def _(x, weight, eps, residual):
+    return x.new_empty(x.shape), residual.new_empty(x.shape)
+
+
+@_rms_norm_backward.register_fake
+def _(dy, ds, s, weight, eps):
+    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, weight, ctx.eps = inputs[:3]
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(x if isinstance(output, torch.Tensor) else output[1], weight)
+    ctx.set_materialize_grads(False)  # the sum of the last block has no gradient: a pass over zeros saved
+
+
+def _rms_norm_autograd(ctx, dy, ds=None):
+    s, weight = ctx.saved_tensors
+    if dy is None:
+        return None if ds is None else ds.to(ctx.x_dtype), None, None, ds
+    dx, dweight = _rms_norm_backward(dy, ds, s, weight, ctx.eps)
+    return dx.to(ctx.x_dtype), dweight, None, dx
+
+
+_rms_norm.register_autograd(lambda ctx, dy: _rms_norm_autograd(ctx, dy)[:3], setup_context=_save)
+_add_rms_norm.register_autograd(_rms_norm_autograd, setup_context=_save)
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """RMSNorm of x, or of s = residual + x, over the last dimension.
+
+    x [..., W] float32, bfloat16 or float16, any strides; weight [W]; residual of x's shape, of any of these dtypes.
+    Returns y in the dtype of x, with a residual (y, s) with s in the dtype of the residual. Differentiable once.
+    Raises ValueError where the shapes disagree. Source: Zhang and Sennrich (2019).
+    """
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"rms_norm: {shapes}, residual {None if residual is None else tuple(residual.shape)}")
+    why = "" if x.shape[-1] <= MAX_WIDTH else f"rows of {x.shape[-1]} are wider than {MAX_WIDTH}"
+    if not use_triton(x, why) or (residual is not None and not use_triton(residual)):
+        return rms_norm_ref(x, weight, eps, residual)
+    return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, weight, eps, residual)

@@ -1,0 +1,194 @@
+"""Stage 2: train the GPT on codes that encode.py wrote.
+
+    python train_gpt.py --preset tiny --codes out/codes --lr 3e-3 --schedule cosine --max-steps 600 --out out/gpt
+    python train_gpt.py --preset B --codes codes --batch-size 256 --ema 0.9999 --out out/gpt_B    # LlamaGen's recipe
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import (
+    Means,
+    RunLog,
+    Timer,
+    add_training_options,
+    autocast,
+    check_training_options,
+    cli,
+    learning_rate,
+    make_optimizer,
+    pick_device,
+    pick_dtype,
+    read_file,
+    rng_state,
+    save_file,
+    save_grid,
+    set_rng_state,
+    to_uint8,
+    update,
+    update_ema,
+)  # fmt: skip
+from encode import CodeFile, file_sha256
+from gpt import GPT, PRESETS, GPTConfig
+from sample import paint
+from vq import VQModel
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--codes", type=Path, required=True, help="folder that encode.py wrote, with train/ and val/")
+    data.add_argument("--vq", type=Path, help="the tokenizer, for pictures (default: the file that the codes name)")
+    data.add_argument("--eval-images", type=int, default=5000, help="held-out images per evaluation, at most")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=list(PRESETS), default="B")
+    model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
+    model.add_argument("--cond-rope", choices=["identity", "zero"], default="identity", help="zero: as LlamaGen")
+    model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
+    model.add_argument("--dropout", type=float, default=0.1, help="of token embeddings, attention and FFN outputs")
+    model.add_argument("--cond-dropout", type=float, default=0.1, help="share trained without a class, for guidance")
+    look = parser.add_argument_group("pictures")
+    look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
+    look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
+    add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    return parser.parse_args()
+
+
+def build_model(args, codes):
+    """The preset at the codes' sizes, or the file of --init, which has to fit them."""
+    how = dict(dropout=args.dropout, cond_dropout=args.cond_dropout)
+    sizes = dict(vocab_size=codes.codebook_size, num_classes=len(codes.class_names))
+    if not args.init:
+        how |= dict(grid=codes.grid, cond_rope=args.cond_rope, n_kv_head=args.n_kv_head)
+        return GPT(GPTConfig(**PRESETS[args.preset] | sizes | how))
+    model = GPT.from_pretrained(args.init, grid=codes.grid, **how)
+    for name, size in sizes.items():
+        if model.config.cond != "class" or getattr(model.config, name) != size:
+            raise ValueError(f"--init {args.init} has {name} {getattr(model.config, name)}, the codes have {size}")
+    return model
+
+
+def open_tokenizer(args, codes, device):
+    """The tokenizer that wrote the codes; ValueError if the file is another one."""
+    path = args.vq or Path(codes.meta["tokenizer"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
+    codes.check(tokenizer_sha256=file_sha256(path))
+    return VQModel.from_pretrained(path).to(device)
+
+
+@torch.no_grad()
+def evaluate(model, codes, args, device):
+    """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
+    model.eval()
+    total, n = 0.0, min(args.eval_images, len(codes))
+    order = torch.arange(n) * len(codes) // n
+    for part in order.split(args.micro_batch_size):
+        tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
+        labels = torch.from_numpy(codes.labels[part.numpy()]).to(device)
+        total += len(part) * model(tokens[:, :-1], labels, targets=tokens)[1]
+    model.train()
+    return float(total) / n
+
+
+def page(vq, codes, path):
+    """64 stored training images decoded, with their classes: the first thing to look at when training goes nowhere."""
+    pick = torch.arange(min(64, len(codes))) * len(codes) // min(64, len(codes))
+    tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
+    device = vq.post_quant_conv.weight.device
+    images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
+    save_grid(path, to_uint8(images), 8, [codes.class_names[i] for i in codes.labels[pick.numpy()]])
+
+
+def main():
+    args = options()
+    check_training_options(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
+    val_codes.check(tokenizer_sha256=codes.meta["tokenizer_sha256"])
+    vq = open_tokenizer(args, codes, device)
+
+    model = build_model(args, codes).to(device).train()
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    optimizer = make_optimizer(model, args, device)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    parts = {name: part for name, part in parts.items() if part is not None}
+
+    start_step, elapsed = 0, 0.0
+    if args.resume:
+        state = read_file(args.out / "state.pt")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_rng_state(state["rng"], device)
+        start_step, elapsed = state["step"], state["elapsed"]
+    compile_model = args.compile if args.compile is not None else device.type == "cuda"
+    run_model = torch.compile(model) if compile_model else model
+    best = ema or model  # what is evaluated, sampled and saved
+    log = RunLog(args.out, args, start_step)
+    page(vq, codes, args.out / "codes.png")
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{n_parameters:.1f}M parameters, {len(codes)} images x {codes.codes.shape[1]} crops of {codes.grid} codes, "
+        f"{len(codes.class_names)} classes, {len(val_codes)} held out, {device} {dtype}; see {args.out / 'codes.png'}"
+    )
+    sample_labels = torch.arange(64) * len(codes.class_names) // 64  # fixed, and so are the seeds
+
+    def save(step):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=rng_state(device)))
+        save_file(args.out / "gpt.pt", dict(best.checkpoint(), codes=codes.meta, step=step))
+
+    def picture(name):
+        images, _ = paint(vq, best, sample_labels.to(device), cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
+        save_grid(args.out / name, images, 8, [codes.class_names[i] for i in sample_labels])
+
+    means, since, timer, began = Means(), start_step, Timer(), time.perf_counter() - elapsed
+    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step")
+    step, row = start_step, {}
+    while (progress := max(step / args.max_steps, elapsed / 60 / args.max_minutes)) < 1:
+        lr = learning_rate(args, step, progress)
+        tokens, labels = (x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed))
+        for part, part_labels in zip(*(x.split(args.micro_batch_size) for x in (tokens, labels)), strict=True):
+            with autocast(device, dtype):
+                _, loss = run_model(part[:, :-1], part_labels, targets=part)
+            (loss * len(part) / len(tokens)).backward()
+            means.add(len(part) / len(tokens), loss=loss)
+        means.add(grad_norm=update(model, optimizer, lr, args.clip))
+        if ema:
+            update_ema(ema, model, args.ema)
+
+        step += 1
+        bar.update()
+        elapsed = time.perf_counter() - began
+        if step % args.log_every == 0 or step == args.max_steps:
+            row, dt_ms, since = means.pop(), timer() / (step - since), step
+            log.write(step=step, **row, lr=lr, dt_ms=dt_ms, tokens_per_s=1000 * tokens.numel() / dt_ms)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
+        if step % args.eval_every == 0:
+            log.write(step=step, val_loss=evaluate(best, val_codes, args, device))
+            log.plot()
+        if args.picture_every and step % args.picture_every == 0:
+            picture(f"samples_{step:06}.png")
+        if args.save_every and step % args.save_every == 0:
+            save(step)
+
+    bar.close()
+    save(step)
+    final = dict(train_loss=row.get("loss"), val_loss=evaluate(best, val_codes, args, device))
+    log.write(step=step, val_loss=final["val_loss"])
+    log.plot()
+    picture("samples.png")
+    (args.out / "result.json").write_text(json.dumps(dict(seconds=elapsed, steps=step, **final), indent=1))
+    print(f"{step} steps in {elapsed:.0f} s, held-out loss {final['val_loss']:.3f} nats per code: {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

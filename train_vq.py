@@ -1,0 +1,253 @@
+"""Stage 1: train the image tokenizer (VQGAN).
+
+    python train_vq.py --preset tiny --data digits --size 32 --perceptual-weight 0 --disc-weight 0 --out out/vq
+    python train_vq.py --preset vq16 --data imagenet --workers 16 --out out/vq16    # LlamaGen's recipe, 40 epochs
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import (
+    Means,
+    RunLog,
+    Timer,
+    add_training_options,
+    autocast,
+    check_training_options,
+    cli,
+    learning_rate,
+    make_optimizer,
+    pick_device,
+    pick_dtype,
+    read_file,
+    rng_state,
+    save_file,
+    save_grid,
+    set_rng_state,
+    to_uint8,
+    update,
+    update_ema,
+)  # fmt: skip
+from data import eval_batches, image_batches, load_images
+from evaluate import psnr
+from losses import (
+    LPIPS,
+    PatchGAN,
+    adaptive_weight,
+    hinge_d_loss,
+    hinge_g_loss,
+    non_saturating_d_loss,
+    non_saturating_g_loss,
+)  # fmt: skip
+from vq import PRESETS, VQConfig, VQModel, usage_and_perplexity
+
+ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_saturating_g_loss, non_saturating_d_loss)}
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, help="digits, emoji, or a folder of images or of class folders")
+    data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
+    data.add_argument("--size", type=int, default=256, help="pixels of a square crop")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, where the set allows")
+    data.add_argument("--workers", type=int, default=0, help="processes that read images")
+    data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=list(PRESETS), default="vq16")
+    model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
+    model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
+    model.add_argument("--code-dim", type=int, help="channels of a code (default: the preset's)")
+    model.add_argument("--model-dropout", type=float, default=0.0, help="in the residual blocks")
+    book = parser.add_argument_group("codebook")
+    book.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss within the codebook's")
+    book.add_argument("--codebook-weight", type=float, default=1.0, help="of codebook, commitment and entropy loss")
+    book.add_argument("--entropy-weight", type=float, default=0.0, help="0: not computed")
+    book.add_argument("--kmeans-step", type=int, default=0, help="step at which k-means sets the codes (0: never)")
+    book.add_argument("--restart-every", type=int, default=0, help="steps between moves of unused codes (0: never)")
+    book.add_argument("--usage-window", type=int, default=65536, help="positions over which codes count as used")
+    loss = parser.add_argument_group("losses")
+    loss.add_argument("--perceptual-weight", type=float, default=1.0, help="LPIPS with VGG16 (0: none, no download)")
+    loss.add_argument("--disc-weight", type=float, default=0.5, help="adversarial loss (0: no discriminator)")
+    loss.add_argument("--disc-start", type=int, default=20000, help="step at which the tokenizer begins to feel it")
+    loss.add_argument("--disc-warmup", type=int, default=1000, help="steps before that: only the critic trains")
+    loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge")
+    loss.add_argument("--adaptive-disc-weight", action="store_true", help="VQGAN, eq. 7")
+    add_training_options(parser, max_steps=400_000, batch_size=128)
+    return parser.parse_args()
+
+
+def build_model(args):
+    """The preset, or the file of --init with the options that no shape depends on."""
+    how = dict(beta=args.beta, entropy_weight=args.entropy_weight, dropout=args.model_dropout)
+    how["usage_window"] = args.usage_window
+    sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v}
+    if not args.init:
+        return VQModel(VQConfig(**PRESETS[args.preset] | sizes | how))
+    if sizes:
+        raise ValueError("--init takes the codebook from the file: leave --codebook-size and --code-dim out")
+    return VQModel.from_pretrained(args.init, **how)
+
+
+@torch.no_grad()
+def evaluate(model, lpips, val_set, args, device):
+    """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
+    model.eval()
+    loss, quality, n = 0.0, 0.0, 0
+    for images, _, _ in eval_batches(val_set, args.size, args.micro_batch_size, limit=args.eval_images):
+        images = images.to(device)
+        rec, _, _ = model(images)
+        loss += len(images) * (F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0))
+        quality += psnr(torch.from_numpy(to_uint8(rec)).permute(0, 3, 1, 2).to(device) / 255, images / 2 + 0.5).sum()
+        n += len(images)
+    model.train()
+    return {"val_loss": float(loss) / n, "val_psnr": float(quality) / n}
+
+
+@torch.no_grad()
+def picture(model, val_set, size, device, path):
+    """Held-out images above their reconstructions, the same eight each time."""
+    model.eval()
+    images, _, _ = next(eval_batches(val_set, size, 8, limit=8))
+    rec, _, _ = model(images.to(device))
+    save_grid(path, to_uint8(torch.cat([images, rec.cpu()])), columns=len(images))
+    model.train()
+
+
+def first_features(model, train_set, args, device, dtype, per_code=32):
+    """Encoder outputs [N, D] of the first batches, at least `per_code` a code where 64 batches hold that many."""
+    batches, features, want = image_batches(train_set, args.size, args.batch_size, args.seed), [], 1
+    while len(features) < min(want, 64):
+        with autocast(device, dtype):
+            features.append(model.features(next(batches)[0].to(device)))
+        want = -(-per_code * model.config.codebook_size // len(features[0]))
+    return torch.cat(features)
+
+
+def main():
+    args = options()
+    check_training_options(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    train_set = load_images(args.data, "train", args.size, args.val_data)
+    val_set = load_images(args.data, "val", args.size, args.val_data)
+    train_set.flip = train_set.flip and args.flip
+    lpips = LPIPS().to(device) if args.perceptual_weight else None
+
+    model = build_model(args).to(device, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    optimizer = make_optimizer(model, args, device)
+    disc = PatchGAN().to(device) if args.disc_weight else None
+    disc_optimizer = make_optimizer(disc, args, device) if disc else None
+    g_loss_fn, d_loss_fn = ADVERSARIAL[args.disc_loss]
+    parts = dict(model=model, ema=ema, optimizer=optimizer, disc=disc, disc_optimizer=disc_optimizer)
+    parts = {name: part for name, part in parts.items() if part is not None}
+
+    start_step, elapsed = 0, 0.0
+    if args.resume:
+        state = read_file(args.out / "state.pt")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_rng_state(state["rng"], device)
+        start_step, elapsed = state["step"], state["elapsed"]
+    compile_model = args.compile if args.compile is not None else device.type == "cuda"
+    run_model = torch.compile(model) if compile_model else model
+    best = ema or model  # what is evaluated, drawn and saved
+    log = RunLog(args.out, args, start_step)
+    batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers)
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, {device} {dtype}")
+
+    def save(step):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=rng_state(device)))
+        save_file(args.out / "vq.pt", dict(best.checkpoint(), step=step))
+
+    means, since, timer, began = Means(), start_step, Timer(), time.perf_counter() - elapsed
+    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step")
+    step = start_step
+    while (progress := max(step / args.max_steps, elapsed / 60 / args.max_minutes)) < 1:
+        lr = learning_rate(args, step, progress)
+        images = next(batches)[0].to(device, memory_format=torch.channels_last, non_blocking=True)
+        if step == args.kmeans_step > 0:
+            model.quantize.init_kmeans(first_features(model, train_set, args, device, dtype))
+        if args.restart_every and step > args.kmeans_step and step % args.restart_every == 0:
+            with autocast(device, dtype):
+                model.quantize.restart_dead_codes(model.features(images))
+
+        # The tokenizer: pixels, perception, codebook, and from disc_start on the critic's opinion.
+        adversarial = disc is not None and step >= args.disc_start
+        fakes = []
+        for part in images.split(args.micro_batch_size):
+            share = len(part) / len(images)
+            with autocast(device, dtype):
+                rec, code_losses, _ = run_model(part)
+                losses = {"mse": F.mse_loss(rec.float(), part)}
+                if lpips:
+                    losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
+                if adversarial:
+                    g_loss = g_loss_fn(disc.requires_grad_(False)(rec).float())
+            if adversarial:
+                weight = args.disc_weight
+                if args.adaptive_disc_weight:
+                    weight *= adaptive_weight(sum(losses.values()), g_loss, model.decoder.conv_out.weight)
+                losses["adversarial"] = weight * g_loss
+            losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
+            loss = sum(losses.values())
+            (share * loss).backward()
+            fakes.append(rec.detach())
+            means.add(share, loss=loss, **losses)
+        means.add(grad_norm=update(model, optimizer, lr, args.clip))
+        if ema:
+            update_ema(ema, model, args.ema)
+
+        # The critic, which starts earlier so that it knows something when it is first asked.
+        if disc is not None and step >= args.disc_start - args.disc_warmup:
+            disc.requires_grad_(True)
+            for part, fake in zip(images.split(args.micro_batch_size), fakes, strict=True):
+                share = len(part) / len(images)
+                with autocast(device, dtype):
+                    real_logits, fake_logits = disc(part).float(), disc(fake).float()
+                d_loss = d_loss_fn(real_logits, fake_logits)
+                (share * d_loss).backward()
+                accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+                means.add(share, disc_loss=d_loss, disc_accuracy=accuracy)
+            update(disc, disc_optimizer, lr, args.clip)
+
+        step += 1
+        bar.update()
+        elapsed = time.perf_counter() - began
+        if step % args.log_every == 0 or step == args.max_steps:
+            usage, perplexity = map(float, usage_and_perplexity(model.quantize.window_counts()))
+            row, dt_ms, since = means.pop(), timer() / (step - since), step
+            log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
+                      images_per_s=1000 * args.batch_size / dt_ms)  # fmt: skip
+            bar.set_postfix(loss=f"{row['loss']:.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
+        if step % args.eval_every == 0:
+            log.write(step=step, **evaluate(best, lpips, val_set, args, device))
+            log.plot()
+        if args.picture_every and step % args.picture_every == 0:
+            picture(best, val_set, args.size, device, args.out / f"reconstructions_{step:06}.png")
+        if args.save_every and step % args.save_every == 0:
+            save(step)
+
+    bar.close()
+    save(step)
+    final = evaluate(best, lpips, val_set, args, device)
+    log.write(step=step, **final)
+    log.plot()
+    picture(best, val_set, args.size, device, args.out / "reconstructions.png")
+    (args.out / "result.json").write_text(json.dumps(dict(seconds=elapsed, steps=step, **final), indent=1))
+    print(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
