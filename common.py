@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +83,14 @@ def add_training_options(parser, **defaults):
 
 def check_training_options(args):
     """ValueError for numbers that no run can have; fills in the micro batch."""
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    if args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
     for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "eval_every", "max_minutes"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} has to be above 0, not {getattr(args, name)}")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip", "picture_every", "save_every"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} cannot be below 0, and is {getattr(args, name)}")
     if args.batch_size % args.micro_batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
     if not 0 <= args.ema < 1:
@@ -106,8 +110,13 @@ def make_optimizer(model, args, device):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda")
 
 
+def progress(args, step, elapsed):
+    """Share of the run that is done, by steps or by minutes, whichever ends first; `elapsed` in seconds."""
+    return max(step / args.max_steps, elapsed / 60 / args.max_minutes)
+
+
 def learning_rate(args, step, progress):
-    """The rate of step `step` (from 0); `progress` in [0, 1] is the larger share of steps and of minutes used up."""
+    """The rate of step `step` (from 0) when the share `progress` of the run is done."""
     warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.schedule == "constant":
         return warm * args.lr
@@ -171,7 +180,8 @@ def read_weights(path):
     The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
     """
     content = read_file(path)
-    weights = next((content[k] for k in ("ema", "model", "module", "state_dict") if content.get(k)), content)
+    keys = ("ema", "model", "module", "state_dict")
+    weights = next((content[k] for k in keys if isinstance(content.get(k), dict) and content[k]), content)
     weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     return weights, content.get("config"), content
 
@@ -187,6 +197,21 @@ def load_weights(model, weights, path):
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path}: the weights do not fit: {'; '.join(wrong[:5])}{more}")
     model.load_state_dict(weights, strict=True, assign=True)
+
+
+def load_state(path, parts, device):
+    """Fill models and optimizers {name: part} and the random generators from a state.pt; returns (step, seconds)."""
+    state = read_file(path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_rng_state(state["rng"], device)
+    except KeyError as error:
+        raise ValueError(f"{path} holds no {error.args[0]}: resume with the options of the first run") from None
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{path} is of a run with other options ({' '.join(reason[:2])[:200]})") from None
+    return state["step"], state["elapsed"]
 
 
 def rng_state(device):
@@ -210,7 +235,8 @@ class RunLog:
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "log.jsonl"
-        old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
+        old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
+        old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
@@ -261,7 +287,7 @@ class Means:
 
 
 class Timer:
-    """Milliseconds between calls, without waiting for the device."""
+    """Milliseconds between calls, less what was paused."""
 
     def __init__(self):
         self.last = time.perf_counter()
@@ -270,24 +296,35 @@ class Timer:
         last, self.last = self.last, time.perf_counter()
         return 1000 * (self.last - last)
 
+    @contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
 
 def to_uint8(images):
     """[B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3], as LlamaGen writes images: clamp(127.5 x + 128, 0, 255)."""
     return (127.5 * images.float() + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
 
 
-def save_grid(path, images, columns, labels=None, scale=None):
+def save_grid(path, images, columns, labels=None, scale=None, notice=""):
     """Write uint8 images [N, H, W, 3] as one PNG, `columns` a row, with a label under each if there are any.
 
-    Small images are enlarged by a whole number (`scale`; by default to about 96 pixels) without smoothing.
+    Small images are enlarged by a whole number (`scale`; by default to about 96 pixels) without smoothing. `notice`
+    (the licence's sentence) goes below.
     """
     n, h, w, _ = images.shape
     scale = scale or max(1, round(96 / max(h, w)))
     font = ImageFont.load_default(size=12)
     pad, text = 4, 16 if labels else 0
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (columns * (w * scale + pad) + pad, rows * (h * scale + text + pad) + pad), "white")
+    width, height = columns * (w * scale + pad) + pad, math.ceil(n / columns) * (h * scale + text + pad) + pad
+    per_line = max(1, width // 7)  # characters of this font, at most
+    lines = [notice[i : i + per_line] for i in range(0, len(notice), per_line)]
+    sheet = Image.new("RGB", (width, height + 16 * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((pad, height + 16 * i), line, fill="black", font=font)
     for i in range(n):
         x, y = pad + i % columns * (w * scale + pad), pad + i // columns * (h * scale + text + pad)
         sheet.paste(Image.fromarray(np.asarray(images[i])).resize((w * scale, h * scale), Image.NEAREST), (x, y))

@@ -185,7 +185,7 @@ def options():
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
     crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
     crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image out of 1 to 1.25 * SIZE")
-    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, where the set allows")
+    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="images at a time, each with all its crops")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")

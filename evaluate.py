@@ -26,6 +26,12 @@ def psnr(a, b):
     return -10 * torch.log10((a.double() - b.double()).square().mean(dim=(1, 2, 3)).clamp(min=1e-12))
 
 
+def reconstruction_psnr(images, reconstructions):
+    """PSNR in dB per image [B], both [B, 3, H, W] in [-1, 1]: the reconstruction as it is written, 8 bits."""
+    written = torch.from_numpy(to_uint8(reconstructions)).permute(0, 3, 1, 2).to(images.device) / 255
+    return psnr(written, images / 2 + 0.5)
+
+
 def as_pixels(image_set):
     """Every image of a digits set -> float32 [N, 3, 32, 32] in [-1, 1]."""
     return torch.stack([to_tensor(center_crop(image, 32)) for image in image_set.images])
@@ -69,7 +75,7 @@ def digits(args):
     train, val = as_pixels(train_set), as_pixels(val_set)
     with torch.no_grad():
         rec = torch.cat([vq(part.to(device))[0].cpu() for part in val.split(64)])
-    quality = psnr(torch.from_numpy(to_uint8(rec)).permute(0, 3, 1, 2) / 255, val / 2 + 0.5)
+    quality = reconstruction_psnr(val, rec)
     counts = torch.bincount(torch.from_numpy(codes.codes[:].astype(np.int64)).flatten(), minlength=codes.codebook_size)
     usage, perplexity = map(float, usage_and_perplexity(counts))
 
@@ -100,10 +106,10 @@ def digits(args):
                         codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0]),
     )  # fmt: skip
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
-    print_report(report, args.out)
+    print_report(report, args)
 
 
-def print_report(report, out):
+def print_report(report, args):
     c, s = report["copying"], report["sampling"]
     rows = [
         ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())),
@@ -119,7 +125,8 @@ def print_report(report, out):
                                       f"{c['held_out_codes_in_train']:.1%} of held-out digits"),
     ]  # fmt: skip
     print("\n".join(f"{name:28}{value}" for name, value in rows))
-    print(f"{'pictures':28}{out / 'samples.png'}, {out / 'vq' / 'reconstructions.png'}, and more below {out}")
+    pictures = args.out / "samples.png", args.vq.parent / "reconstructions.png", args.gpt.parent / "samples.png"
+    print(f"{'pictures':28}{', '.join(map(str, pictures))}")
 
 
 def options():

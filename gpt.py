@@ -248,6 +248,8 @@ class GPT(nn.Module):
             cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.null(cond), cond)
         if cond_mask is None:
             return self.cls_embedding(cond), None
+        if cond_mask.shape != cond.shape[:2]:
+            raise ValueError(f"cond_mask has to be {list(cond.shape[:2])}, not {list(cond_mask.shape)}")
         cond_mask = cond_mask.bool()
         torch._assert_async((cond_mask[:, 1:] >= cond_mask[:, :-1]).all(), "padding has to stand left of the text")
         return self.cls_embedding(cond), (~cond_mask).sum(1)
@@ -271,7 +273,7 @@ class GPT(nn.Module):
         in nats per code (None without targets). Raises ValueError where shapes do not fit.
         """
         if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
-            raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, h*w - 1 at most]")
+            raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, t < h*w]")
         prefix, hidden = self.embed_condition(cond, cond_mask)
         x = torch.cat([prefix, self.tok_embeddings(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
         x = self.transform(x, hidden)

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def uniforms(seed, first_index, batch, length):
     return torch.from_numpy(np.stack([row.random(length, dtype=np.float32) for row in rows]))
 
 
-def check_request(model, cond, grid, cfg_stop, temperature, top_k, top_p, greedy):
+def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy):
     """One sentence for everything that cannot be sampled."""
     if grid != model.config.grid:
         raise ValueError(f"the model paints {model.config.grid}, not {grid}: load it, or set_grid, for another grid")
@@ -64,10 +65,14 @@ def check_request(model, cond, grid, cfg_stop, temperature, top_k, top_p, greedy
         raise ValueError(f"top_k has to be 0 (all codes) or more, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p has to be in (0, 1], not {top_p}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale has to be a finite number, not {cfg_scale}")
     if cfg_stop < -1:
         raise ValueError(f"cfg_stop has to be -1 (guide every code) or a number of codes, not {cfg_stop}")
+    if len(cond) == 0:
+        raise ValueError("there is no condition to paint: cond is empty")
     null = model.config.num_classes
-    if model.config.cond == "class" and len(cond) and not 0 <= int(cond.min()) <= int(cond.max()) <= null:
+    if model.config.cond == "class" and not 0 <= int(cond.min()) <= int(cond.max()) <= null:
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
 
 
@@ -84,7 +89,7 @@ def generate(
     Raises ValueError for settings that cannot be.
     """
     grid = tuple(grid or model.config.grid)
-    check_request(model, cond, grid, cfg_stop, temperature, top_k, top_p, greedy)
+    check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy)
     was_training = model.training
     model.eval()
     batch, length = len(cond), grid[0] * grid[1]
@@ -131,7 +136,7 @@ def parse_classes(text, class_names, num_classes):
         word = word.strip()
         if word in class_names:
             labels.append(class_names.index(word))
-        elif word.isdigit() and int(word) < num_classes:
+        elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
             raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}")
@@ -163,14 +168,17 @@ def options():
 
 
 def load_models(vq_path, gpt_path, grid, device):
-    """Both models on `device`, class names; ValueError where the GPT was trained on another tokenizer's codes."""
+    """Both models on `device`, and what the GPT's file says of its codes ({} if nothing).
+
+    Raises ValueError where the GPT was trained on another tokenizer's codes.
+    """
     vq, gpt = VQModel.from_pretrained(vq_path), GPT.from_pretrained(gpt_path, grid=grid)
     codes = read_file(gpt_path).get("codes", {})  # what encode.py said of the codes that this GPT was trained on
     if codes and codes["tokenizer_sha256"] != file_sha256(vq_path):
         raise ValueError(f"{gpt_path} was trained on codes of {codes['tokenizer']}, and {vq_path} is another tokenizer")
     if gpt.config.vocab_size != vq.config.codebook_size:
         raise ValueError(f"{gpt_path} knows {gpt.config.vocab_size} codes, {vq_path} has {vq.config.codebook_size}")
-    return vq.to(device), gpt.to(device), codes.get("class_names", [])
+    return vq.to(device), gpt.to(device), codes
 
 
 def main():
@@ -178,28 +186,30 @@ def main():
     device = pick_device(args.device)
     grid = None
     if args.grid:
-        if not all(part.isdigit() for part in args.grid.split("x")) or args.grid.count("x") != 1:
+        if not all(part.isdecimal() for part in args.grid.split("x")) or args.grid.count("x") != 1:
             raise ValueError(f"--grid has to be ROWSxCOLUMNS, such as 16x16, not {args.grid!r}")
         grid = tuple(int(part) for part in args.grid.split("x"))
-    vq, gpt, names = load_models(args.vq, args.gpt, grid, device)
+    vq, gpt, codes = load_models(args.vq, args.gpt, grid, device)
+    names = codes.get("class_names", [])
     if gpt.config.cond != "class":
         raise ValueError(f"{args.gpt} wants text; this command takes classes")
     classes = list(range(gpt.config.num_classes))
     if args.classes:
         classes = parse_classes(args.classes, names, gpt.config.num_classes)
-    n = args.n or (len(classes) if args.classes else min(8 * len(classes), 80))
-    if n < 1 or args.batch_size < 1 or (args.columns or 1) < 1:
+    n = args.n if args.n is not None else len(classes) if args.classes else min(8 * len(classes), 80)
+    if min(n, args.batch_size, 1 if args.columns is None else args.columns) < 1:
         raise ValueError("--n, --batch-size and --columns have to be above 0")
-    labels = torch.arange(n) * len(classes) // max(n, len(classes)) if n >= len(classes) else torch.arange(n)
-    labels = torch.tensor(classes)[labels]
+    labels = torch.tensor(classes)[torch.arange(n) * len(classes) // max(n, len(classes))]  # the classes in turn
     start = time.perf_counter()
     images, _ = paint(
         vq, gpt, labels.to(device), args.batch_size, progress=True, seed=args.seed, cfg_scale=args.cfg_scale,
         cfg_stop=args.cfg_stop, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    columns = args.columns or (n // len(classes) if n % len(classes) == 0 and n > len(classes) else min(n, 8))
-    save_grid(args.out, images, columns, [names[i] if names else i for i in labels.tolist()])
+    per_class = n // len(classes)
+    columns = args.columns or (per_class if n % len(classes) == 0 and 1 < per_class <= 16 else min(n, 8))
+    captions = [names[i] if names else i for i in labels.tolist()]
+    save_grid(args.out, images, columns, captions, notice=codes.get("notice", ""))
     print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} images/s): {args.out}")
 
 

@@ -13,27 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (
-    Means,
-    RunLog,
-    Timer,
-    add_training_options,
-    autocast,
-    check_training_options,
-    cli,
-    learning_rate,
-    make_optimizer,
-    pick_device,
-    pick_dtype,
-    read_file,
-    rng_state,
-    save_file,
-    save_grid,
-    set_rng_state,
-    to_uint8,
-    update,
-    update_ema,
-)  # fmt: skip
+import common
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint
@@ -56,7 +36,7 @@ def options():
     look = parser.add_argument_group("pictures")
     look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
-    add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    common.add_training_options(parser, max_steps=1_500_000, batch_size=256)
     return parser.parse_args()
 
 
@@ -68,8 +48,10 @@ def build_model(args, codes):
         how |= dict(grid=codes.grid, cond_rope=args.cond_rope, n_kv_head=args.n_kv_head)
         return GPT(GPTConfig(**PRESETS[args.preset] | sizes | how))
     model = GPT.from_pretrained(args.init, grid=codes.grid, **how)
+    if model.config.cond != "class":
+        raise ValueError(f"--init {args.init} wants text, the codes have classes")
     for name, size in sizes.items():
-        if model.config.cond != "class" or getattr(model.config, name) != size:
+        if getattr(model.config, name) != size:
             raise ValueError(f"--init {args.init} has {name} {getattr(model.config, name)}, the codes have {size}")
     return model
 
@@ -103,14 +85,15 @@ def page(vq, codes, path):
     tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
     device = vq.post_quant_conv.weight.device
     images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
-    save_grid(path, to_uint8(images), 8, [codes.class_names[i] for i in codes.labels[pick.numpy()]])
+    names = [codes.class_names[i] for i in codes.labels[pick.numpy()]]
+    common.save_grid(path, common.to_uint8(images), 8, names, notice=codes.meta["notice"])
 
 
 def main():
     args = options()
-    check_training_options(args)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    common.check_training_options(args)
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
     val_codes.check(tokenizer_sha256=codes.meta["tokenizer_sha256"])
@@ -118,21 +101,17 @@ def main():
 
     model = build_model(args, codes).to(device).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimizer = make_optimizer(model, args, device)
+    optimizer = common.make_optimizer(model, args, device)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     parts = {name: part for name, part in parts.items() if part is not None}
 
     start_step, elapsed = 0, 0.0
     if args.resume:
-        state = read_file(args.out / "state.pt")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_rng_state(state["rng"], device)
-        start_step, elapsed = state["step"], state["elapsed"]
+        start_step, elapsed = common.load_state(args.out / "state.pt", parts, device)
     compile_model = args.compile if args.compile is not None else device.type == "cuda"
     run_model = torch.compile(model) if compile_model else model
     best = ema or model  # what is evaluated, sampled and saved
-    log = RunLog(args.out, args, start_step)
+    log = common.RunLog(args.out, args, start_step)
     page(vq, codes, args.out / "codes.png")
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(
@@ -143,42 +122,47 @@ def main():
 
     def save(step):
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=rng_state(device)))
-        save_file(args.out / "gpt.pt", dict(best.checkpoint(), codes=codes.meta, step=step))
+        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=common.rng_state(device)))
+        common.save_file(args.out / "gpt.pt", dict(best.checkpoint(), codes=codes.meta, step=step))
 
     def picture(name):
         images, _ = paint(vq, best, sample_labels.to(device), cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-        save_grid(args.out / name, images, 8, [codes.class_names[i] for i in sample_labels])
+        names = [codes.class_names[i] for i in sample_labels]
+        common.save_grid(args.out / name, images, 8, names, notice=codes.meta["notice"])
 
-    means, since, timer, began = Means(), start_step, Timer(), time.perf_counter() - elapsed
+    means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step")
     step, row = start_step, {}
-    while (progress := max(step / args.max_steps, elapsed / 60 / args.max_minutes)) < 1:
-        lr = learning_rate(args, step, progress)
+    while (progress := common.progress(args, step, elapsed)) < 1:
+        lr = common.learning_rate(args, step, progress)
         tokens, labels = (x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed))
         for part, part_labels in zip(*(x.split(args.micro_batch_size) for x in (tokens, labels)), strict=True):
-            with autocast(device, dtype):
+            with common.autocast(device, dtype):
                 _, loss = run_model(part[:, :-1], part_labels, targets=part)
             (loss * len(part) / len(tokens)).backward()
             means.add(len(part) / len(tokens), loss=loss)
-        means.add(grad_norm=update(model, optimizer, lr, args.clip))
+        means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
         if ema:
-            update_ema(ema, model, args.ema)
+            common.update_ema(ema, model, args.ema)
 
         step += 1
         bar.update()
         elapsed = time.perf_counter() - began
-        if step % args.log_every == 0 or step == args.max_steps:
+        last = common.progress(args, step, elapsed) >= 1
+        if step % args.log_every == 0 or last:
             row, dt_ms, since = means.pop(), timer() / (step - since), step
             log.write(step=step, **row, lr=lr, dt_ms=dt_ms, tokens_per_s=1000 * tokens.numel() / dt_ms)
             bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
-        if step % args.eval_every == 0:
-            log.write(step=step, val_loss=evaluate(best, val_codes, args, device))
-            log.plot()
-        if args.picture_every and step % args.picture_every == 0:
-            picture(f"samples_{step:06}.png")
-        if args.save_every and step % args.save_every == 0:
-            save(step)
+        if last:
+            break
+        with timer.paused():
+            if step % args.eval_every == 0:
+                log.write(step=step, val_loss=evaluate(best, val_codes, args, device))
+                log.plot()
+            if args.picture_every and step % args.picture_every == 0:
+                picture(f"samples_{step:06}.png")
+            if args.save_every and step % args.save_every == 0:
+                save(step)
 
     bar.close()
     save(step)
@@ -191,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    common.cli(main)

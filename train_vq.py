@@ -14,29 +14,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (
-    Means,
-    RunLog,
-    Timer,
-    add_training_options,
-    autocast,
-    check_training_options,
-    cli,
-    learning_rate,
-    make_optimizer,
-    pick_device,
-    pick_dtype,
-    read_file,
-    rng_state,
-    save_file,
-    save_grid,
-    set_rng_state,
-    to_uint8,
-    update,
-    update_ema,
-)  # fmt: skip
+import common
 from data import eval_batches, image_batches, load_images
-from evaluate import psnr
+from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
     PatchGAN,
@@ -57,7 +37,7 @@ def options():
     data.add_argument("--data", required=True, help="digits, emoji, or a folder of images or of class folders")
     data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
     data.add_argument("--size", type=int, default=256, help="pixels of a square crop")
-    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, where the set allows")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
@@ -80,7 +60,7 @@ def options():
     loss.add_argument("--disc-warmup", type=int, default=1000, help="steps before that: only the critic trains")
     loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge")
     loss.add_argument("--adaptive-disc-weight", action="store_true", help="VQGAN, eq. 7")
-    add_training_options(parser, max_steps=400_000, batch_size=128)
+    common.add_training_options(parser, max_steps=400_000, batch_size=128)
     return parser.parse_args()
 
 
@@ -105,7 +85,7 @@ def evaluate(model, lpips, val_set, args, device):
         images = images.to(device)
         rec, _, _ = model(images)
         loss += len(images) * (F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0))
-        quality += psnr(torch.from_numpy(to_uint8(rec)).permute(0, 3, 1, 2).to(device) / 255, images / 2 + 0.5).sum()
+        quality += reconstruction_psnr(images, rec).sum()
         n += len(images)
     model.train()
     return {"val_loss": float(loss) / n, "val_psnr": float(quality) / n}
@@ -117,7 +97,7 @@ def picture(model, val_set, size, device, path):
     model.eval()
     images, _, _ = next(eval_batches(val_set, size, 8, limit=8))
     rec, _, _ = model(images.to(device))
-    save_grid(path, to_uint8(torch.cat([images, rec.cpu()])), columns=len(images))
+    common.save_grid(path, common.to_uint8(torch.cat([images, rec.cpu()])), columns=len(images), notice=val_set.notice)
     model.train()
 
 
@@ -125,7 +105,7 @@ def first_features(model, train_set, args, device, dtype, per_code=32):
     """Encoder outputs [N, D] of the first batches, at least `per_code` a code where 64 batches hold that many."""
     batches, features, want = image_batches(train_set, args.size, args.batch_size, args.seed), [], 1
     while len(features) < min(want, 64):
-        with autocast(device, dtype):
+        with common.autocast(device, dtype):
             features.append(model.features(next(batches)[0].to(device)))
         want = -(-per_code * model.config.codebook_size // len(features[0]))
     return torch.cat(features)
@@ -133,9 +113,11 @@ def first_features(model, train_set, args, device, dtype, per_code=32):
 
 def main():
     args = options()
-    check_training_options(args)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    common.check_training_options(args)
+    if args.compile and args.adaptive_disc_weight:
+        raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     train_set = load_images(args.data, "train", args.size, args.val_data)
     val_set = load_images(args.data, "val", args.size, args.val_data)
@@ -144,43 +126,39 @@ def main():
 
     model = build_model(args).to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimizer = make_optimizer(model, args, device)
+    optimizer = common.make_optimizer(model, args, device)
     disc = PatchGAN().to(device) if args.disc_weight else None
-    disc_optimizer = make_optimizer(disc, args, device) if disc else None
+    disc_optimizer = common.make_optimizer(disc, args, device) if disc else None
     g_loss_fn, d_loss_fn = ADVERSARIAL[args.disc_loss]
     parts = dict(model=model, ema=ema, optimizer=optimizer, disc=disc, disc_optimizer=disc_optimizer)
     parts = {name: part for name, part in parts.items() if part is not None}
 
     start_step, elapsed = 0, 0.0
     if args.resume:
-        state = read_file(args.out / "state.pt")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_rng_state(state["rng"], device)
-        start_step, elapsed = state["step"], state["elapsed"]
-    compile_model = args.compile if args.compile is not None else device.type == "cuda"
+        start_step, elapsed = common.load_state(args.out / "state.pt", parts, device)
+    compile_model = device.type == "cuda" and not args.adaptive_disc_weight if args.compile is None else args.compile
     run_model = torch.compile(model) if compile_model else model
     best = ema or model  # what is evaluated, drawn and saved
-    log = RunLog(args.out, args, start_step)
+    log = common.RunLog(args.out, args, start_step)
     batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, {device} {dtype}")
 
     def save(step):
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=rng_state(device)))
-        save_file(args.out / "vq.pt", dict(best.checkpoint(), step=step))
+        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=common.rng_state(device)))
+        common.save_file(args.out / "vq.pt", dict(best.checkpoint(), step=step))
 
-    means, since, timer, began = Means(), start_step, Timer(), time.perf_counter() - elapsed
+    means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step")
     step = start_step
-    while (progress := max(step / args.max_steps, elapsed / 60 / args.max_minutes)) < 1:
-        lr = learning_rate(args, step, progress)
+    while (progress := common.progress(args, step, elapsed)) < 1:
+        lr = common.learning_rate(args, step, progress)
         images = next(batches)[0].to(device, memory_format=torch.channels_last, non_blocking=True)
         if step == args.kmeans_step > 0:
             model.quantize.init_kmeans(first_features(model, train_set, args, device, dtype))
         if args.restart_every and step > args.kmeans_step and step % args.restart_every == 0:
-            with autocast(device, dtype):
+            with common.autocast(device, dtype):
                 model.quantize.restart_dead_codes(model.features(images))
 
         # The tokenizer: pixels, perception, codebook, and from disc_start on the critic's opinion.
@@ -188,7 +166,7 @@ def main():
         fakes = []
         for part in images.split(args.micro_batch_size):
             share = len(part) / len(images)
-            with autocast(device, dtype):
+            with common.autocast(device, dtype):
                 rec, code_losses, _ = run_model(part)
                 losses = {"mse": F.mse_loss(rec.float(), part)}
                 if lpips:
@@ -205,39 +183,43 @@ def main():
             (share * loss).backward()
             fakes.append(rec.detach())
             means.add(share, loss=loss, **losses)
-        means.add(grad_norm=update(model, optimizer, lr, args.clip))
+        means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
         if ema:
-            update_ema(ema, model, args.ema)
+            common.update_ema(ema, model, args.ema)
 
         # The critic, which starts earlier so that it knows something when it is first asked.
         if disc is not None and step >= args.disc_start - args.disc_warmup:
             disc.requires_grad_(True)
             for part, fake in zip(images.split(args.micro_batch_size), fakes, strict=True):
                 share = len(part) / len(images)
-                with autocast(device, dtype):
+                with common.autocast(device, dtype):
                     real_logits, fake_logits = disc(part).float(), disc(fake).float()
                 d_loss = d_loss_fn(real_logits, fake_logits)
                 (share * d_loss).backward()
                 accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
                 means.add(share, disc_loss=d_loss, disc_accuracy=accuracy)
-            update(disc, disc_optimizer, lr, args.clip)
+            common.update(disc, disc_optimizer, lr, args.clip)
 
         step += 1
         bar.update()
         elapsed = time.perf_counter() - began
-        if step % args.log_every == 0 or step == args.max_steps:
+        last = common.progress(args, step, elapsed) >= 1
+        if step % args.log_every == 0 or last:
             usage, perplexity = map(float, usage_and_perplexity(model.quantize.window_counts()))
             row, dt_ms, since = means.pop(), timer() / (step - since), step
             log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
                       images_per_s=1000 * args.batch_size / dt_ms)  # fmt: skip
             bar.set_postfix(loss=f"{row['loss']:.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
-        if step % args.eval_every == 0:
-            log.write(step=step, **evaluate(best, lpips, val_set, args, device))
-            log.plot()
-        if args.picture_every and step % args.picture_every == 0:
-            picture(best, val_set, args.size, device, args.out / f"reconstructions_{step:06}.png")
-        if args.save_every and step % args.save_every == 0:
-            save(step)
+        if last:
+            break
+        with timer.paused():
+            if step % args.eval_every == 0:
+                log.write(step=step, **evaluate(best, lpips, val_set, args, device))
+                log.plot()
+            if args.picture_every and step % args.picture_every == 0:
+                picture(best, val_set, args.size, device, args.out / f"reconstructions_{step:06}.png")
+            if args.save_every and step % args.save_every == 0:
+                save(step)
 
     bar.close()
     save(step)
@@ -250,4 +232,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    common.cli(main)

@@ -16,7 +16,7 @@ import kernels
 from common import load_weights, read_weights
 
 PRESETS = {
-    "tiny": dict(channels=(48, 64, 96), patch=2, z_channels=96, codebook_size=256),
+    "tiny": dict(channels=(48, 64, 96), patch=2, blocks=1, z_channels=64, codebook_size=256),
     "vq8": dict(channels=(128, 256, 256, 512)),
     "vq16": dict(channels=(128, 128, 256, 256, 512)),
 }
@@ -269,7 +269,9 @@ class VQModel(nn.Module):
 
     def init_weights(self):
         k = self.config.codebook_size  # convolutions keep PyTorch's default
-        nn.init.uniform_(self.quantize.embedding.weight, -1 / k, 1 / k)  # as published: directions are what counts
+        nn.init.uniform_(self.quantize.embedding.weight, -1 / k, 1 / k)  # as published
+        if self.config.l2_norm:  # a step of Adam turns a vector of length 1e-4 by a right angle, a unit vector by 1e-4
+            self.quantize.embedding.weight.data = self.quantize.codebook().detach()
 
     def _encode(self, images):
         if images.dim() != 4 or images.shape[1] != 3 or any(s % self.config.factor or s == 0 for s in images.shape[2:]):
@@ -277,10 +279,13 @@ class VQModel(nn.Module):
             raise ValueError(f"images have to be [B, 3, H, W] with sides that are multiples of {factor}, not {shape}")
         return self.quant_conv(self.encoder(images))  # B, D, h, w
 
+    def _decode(self, z):
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))  # B, 3, H, W
+
     def forward(self, images):
         """images [B, 3, H, W] -> reconstruction [B, 3, H, W], losses {name: weighted scalar}, codes [B, h, w]."""
         z, losses, codes = self.quantize(self._encode(images))
-        return self.decoder(self.post_quant_conv(z)), losses, codes
+        return self._decode(z), losses, codes
 
     @torch.no_grad()
     def features(self, images):
@@ -299,7 +304,7 @@ class VQModel(nn.Module):
         if codes.dim() != 3:
             raise ValueError(f"codes have to be [B, h, w], not {list(codes.shape)}")
         z = F.embedding(codes, self.quantize.codebook()).permute(0, 3, 1, 2)  # B, D, h, w
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        return self._decode(z)
 
     @classmethod
     def from_pretrained(cls, path, **changes):

@@ -16,7 +16,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows, CPU-only wheels: the kernels below are then never launched
-    triton, tl = types.SimpleNamespace(jit=lambda fn: fn), None
+    triton, tl = types.SimpleNamespace(jit=lambda fn: fn), types.SimpleNamespace(constexpr=int)
 
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +61,21 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def full_float32(device_type: str):
+    """Context for float32 matrix products whatever autocast, TF32 or reduced-precision CPU settings say."""
+    backend = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    try:
+        if before not in ("ieee", "none"):
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if before not in ("ieee", "none"):
+            backend.fp32_precision = before
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x as [M, W] rows of unit stride, copied only where no view does it."""
     x = x.reshape(-1 if x.numel() else 0, x.shape[-1])
@@ -80,7 +95,7 @@ def _obstacle(device_type: str, index: int | None) -> str:
 @functools.cache
 def _find_obstacle(device_type: str, index: int | None) -> str:
     """Why Triton cannot run on a device, or "". A GPU that it cannot serve is warned about, once."""
-    if tl is None:
+    if not hasattr(triton, "runtime"):
         why = "the package triton is not installed"
     elif device_type == "cpu":
         why = "" if INTERPRETED else "the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there)"

@@ -1,62 +1,41 @@
-"""Codebook search: index of the nearest of K codes for N vectors, without the N x K matrix; and counts per code.
+"""Codebook search: the nearest of K codes for each of N vectors, without the N x K matrix; and counts per code.
 
     l2 (unit vectors):  argmax_k z . e_k            otherwise:  argmin_k |z - e_k|^2 = argmax_k z . e_k - |e_k|^2 / 2
 
-Bytes: z once and the indices; the codes, as float16 parts of 32 B each at D = 8, once per program of 128 vectors from
-the L2 cache. FLOPs: 2 D per pair, 64 as executed at D = 8. Bound by one maximum per pair: FMNMX issues at half rate.
+Bytes: z, the indices, and the codes from L2 per 128 vectors. FLOPs: 2 D per pair, 64 as executed at D = 8. Bound by one
+maximum per pair (FMNMX, at half rate) beside the tensor cores: 0.45 ms with the two overlapped to 0.80 ms one after the
+other, predicted for N = 262,144 and K = 16,384 on an H100.
 
-1. Search on tensor cores. Codes and vectors are scaled by powers of two and split into float16 parts hi + lo (22 bits).
-   D <= 8: depth 32, [hi hi] . [hi lo] + [lo lo] . [hi lo]; wider: hi.hi + hi.lo + lo.hi. Groups of 32 codes (fewer for
-   wide codes) lie within one thread, so a tile of 128 x 128 pairs costs its maxima, no shuffle and no index; each
-   group slot keeps its three largest maxima and where the first two were. sm_90, D = 8: 131 instructions per 64 pairs
-   and thread (2 HGMMA, 74 FMNMX), 110 registers; predicted 0.07 / 0.5 ms at N = 32,768 / 262,144 on an H100.
-   Plain float32 would take 8 FFMA per pair, 3xTF32 12 HGMMA and 250 guards.
-2. Rescan in float64 of every group within the error bound of the best: 1.0 groups per vector on random codes. The bound
-   takes every addition of the tensor core as truncated at 24 bits, so the exact winner cannot be missed; a third
-   near-tie in one slot (many equal codes) rescans all codes. The result is that of a float64 search of the inputs: that
-   of a float32 search wherever float32 can tell two codes apart, and the lowest index on ties.
-
-Peers: flash-kmeans (TF32 by default), RAPIDS fusedL2NN (3xTF32).
+1. Search on tensor cores: both sides scaled by powers of two and split into float16 hi + lo (22 bits). D <= 8: depth
+   32, [hi hi] . [hi lo] + [lo lo] . [hi lo]; wider: hi.hi + hi.lo + lo.hi. A group of 32 codes (fewer for wide ones)
+   lies within one thread, so a pair costs its maximum and no index; a slot of groups keeps its three largest maxima
+   and the blocks of the first two. sm_90, D = 8: 2.0 instructions per pair (2 HGMMA, 74 FMNMX, 53 others for 64 pairs
+   of a thread), 111 registers; float32 would take 8 FFMA per pair, 3xTF32 12 HGMMA + 250 guards per 128 x 64 tile.
+2. Rescan in float64 of every group within the error bound of the best: 1.001 groups per vector on random codes. The
+   bound takes every addition of the tensor core as truncated to 24 bits, so no winner is missed; a third near-tie in a
+   slot (many equal codes) rescans all codes. The result is that of a float64 search, so that of a float32 search
+   wherever float32 can tell two codes apart; ties go to the lowest index.
 """
-
-import contextlib
 
 import torch
 
-from kernels import on_device, tl, triton, use_triton
+from kernels import full_float32, on_device, tl, triton, use_triton
 
 CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 26  # scores per chunk of the PyTorch path: in cache, and 256 MiB
-MAX_D = 256
 
 
 def nearest_code_ref(z, codebook, l2=True):
     z, codebook = z.detach().float(), codebook.detach().float()
-    N, K = z.shape[0], codebook.shape[0]
+    (N, _), K = z.shape, len(codebook)
     rows = max(1, (CPU_SCORES if z.device.type == "cpu" else GPU_SCORES) // K)
     half = codebook.square().sum(1) / -2
-    indices = torch.empty(N, dtype=torch.int64, device=z.device)
-    scores = torch.empty(min(rows, N), K, device=z.device)
-    with _full_float32(z.device.type):
+    indices, scores = z.new_empty(N, dtype=torch.int64), z.new_empty(min(rows, N), K)
+    with full_float32(z.device.type):
         for part, out in zip(z.split(rows), indices.split(rows), strict=True):
             s = scores[: len(part)]
             torch.mm(part, codebook.t(), out=s) if l2 else torch.addmm(half, part, codebook.t(), out=s)
             torch.argmax(s, dim=1, out=out)  # the first of equal maxima, by its documentation
     return indices.masked_fill_(~torch.isfinite(z).all(1), 0)
-
-
-@contextlib.contextmanager
-def _full_float32(device_type):
-    """Float32 matrix products whatever autocast, TF32 or reduced-precision CPU settings say."""
-    backend = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    try:
-        if before not in ("ieee", "none"):
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if before not in ("ieee", "none"):
-            backend.fp32_precision = before
 
 
 @triton.jit
@@ -82,10 +61,10 @@ def _pack_kernel(
     offs_w = tl.arange(0, 2 * PART)[None, :]
     offs_d = offs_w % PART
     scale = _power_of_two(tl.load(top_ptr))
-    e = tl.load(code_ptr + source[:, None] * D + offs_d, mask=(offs_k >= 0)[:, None] & (offs_d < D), other=0.0)
+    e = tl.load(code_ptr + source[:, None] * D + offs_d, mask=(source < K)[:, None] & (offs_d < D), other=0.0)
     hi, lo = _split(e.to(tl.float32) * scale)
     tl.store(packed_ptr + offs_k[:, None] * (2 * PART) + offs_w, tl.where(offs_w < PART, hi, lo))
-    norm = tl.load(norm_ptr + source, mask=offs_k >= 0, other=0.0)
+    norm = tl.load(norm_ptr + source, mask=source < K, other=0.0)
     tl.store(half_ptr + offs_k, norm * norm * 0.5 * scale)
 
 
@@ -100,9 +79,8 @@ def _insert(t, k0, m1, k1, m2, k2, m3):
 
 
 @triton.jit
-def _load_z(z_ptr, offs_m, offs_d, mask_m, D: tl.constexpr):
-    mask = mask_m[:, None] & (offs_d < D)[None, :]
-    return tl.load(z_ptr + offs_m[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+def _load_z(z_ptr, offs_m, offs_d, mask, D: tl.constexpr):
+    return tl.load(z_ptr + offs_m[:, None] * D + offs_d[None, :], mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -121,23 +99,20 @@ def _rescan(
             z = _load_z(z_ptr, offs_m, offs_d, mask_m, D).to(tl.float64)[:, None, :]
             e_ptrs = code_ptr + codes.to(tl.int64)[:, :, None] * D + offs_d[None, None, :]
             e = tl.load(e_ptrs, mask=mask_k[:, :, None] & (offs_d < D)[None, None, :], other=0.0).to(tl.float64)
-            if L2:
-                s += tl.sum(z * e, axis=2)
-            else:
-                s -= tl.sum((z - e) * (z - e), axis=2)
+            s += tl.sum(z * e, axis=2) if L2 else -tl.sum((z - e) * (z - e), axis=2)
         wins = mask_k & ((s > best) | ((s == best) & (codes < index)))
         best, index = tl.where(wins, s, best), tl.where(wins, codes, index)
     return best, index
 
 
 @triton.jit
-def _scales(z_ptr, top_norm, offs_m, mask_m, D: tl.constexpr, L2: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+def _scales(z_ptr, top_norm, offs_m, mask, D: tl.constexpr, L2: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
     """Per vector: the power of two it is scaled by, its scaled norm, and whether it is to be searched."""
     big = tl.zeros(offs_m.shape, tl.float32)
     for d0 in tl.static_range(0, PART, BLOCK):
-        z = tl.abs(_load_z(z_ptr, offs_m, d0 + tl.arange(0, BLOCK), mask_m, D).to(tl.float32))
+        z = tl.abs(_load_z(z_ptr, offs_m, d0 + tl.arange(0, BLOCK), mask, D).to(tl.float32))
         big = tl.maximum(big, tl.max(tl.where(z < float("inf"), z, float("inf")), axis=1))
-    live = mask_m & (big < float("inf")) & ((big > 0) | (not L2))
+    live = mask & (big < float("inf")) & ((big > 0) | (not L2))
     scale = _power_of_two(big if L2 else tl.maximum(big, top_norm / 1024))
     square = tl.zeros(offs_m.shape, tl.float32)
     for d0 in tl.static_range(0, PART, BLOCK):
@@ -214,27 +189,29 @@ def _nearest_code_kernel(
     tl.store(idx_ptr + offs_m, winner.to(tl.int64), mask=offs_m < N)
 
 
-def launch_config(D):
-    """Constants by code dimension; groups of BLOCK_K / SLOTS codes get smaller as codes get wider to rescan.
+def launch_config(D, async_mma=True):
+    """Constants by code dimension; groups of BLOCK_K / SLOTS codes are smaller where codes are wider to rescan.
 
+    async_mma: the tensor cores read shared memory (sm_90 on), which leaves registers for chunks of depth 32, not 16.
     MARGIN bounds, relative to |z| max|e|, how far apart two scores can be pushed: 2 (depth + 8) truncations at 2^-23.
     """
     config = dict(BLOCK_M=128, BLOCK_K=128, RESCAN_G=4, RESCAN_D=8, num_warps=8)
     if D <= 8:
         return dict(config, PART=8, BLOCK_D=16, SLOTS=4, PAIR=2, MARGIN=40 * 2.0**-22)
     part = max(16, triton.next_power_of_2(D))
-    return dict(config, PART=part, BLOCK_D=min(part, 32), SLOTS=8 if part <= 32 else 16, PAIR=1, MARGIN=(3 * part + 8) * 2.0**-22)
+    block_d, slots = (part, 8) if part <= 32 else (32 if async_mma else 16, 16)
+    return dict(config, PART=part, BLOCK_D=block_d, SLOTS=slots, PAIR=1, MARGIN=(3 * part + 8) * 2.0**-22)
 
 
 def _nearest_code_triton(z, codebook, l2):
-    N, (K, D), config = z.shape[0], codebook.shape, launch_config(z.shape[1])
-    z, codebook, indices = z.contiguous(), codebook.contiguous(), torch.empty(N, dtype=torch.int64, device=z.device)
+    N, (K, D) = z.shape[0], codebook.shape
+    nvidia = z.is_cuda and not torch.version.hip
+    config = launch_config(D, async_mma=nvidia and torch.cuda.get_device_capability(z.device) >= (9, 0))
+    z, codebook, indices = z.contiguous(), codebook.contiguous(), z.new_empty(N, dtype=torch.int64)
     padded, part = triton.cdiv(K, config["BLOCK_K"]) * config["BLOCK_K"], config["PART"]
     norms = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float32)
-    top = norms.amax()
-    packed = torch.empty(padded, 2 * part, dtype=torch.float16, device=z.device)
-    half = torch.empty(padded, dtype=torch.float32, device=z.device)
-    block = min(64, 4096 // part)
+    top, half, packed = norms.amax(), norms.new_empty(padded), z.new_empty(padded, 2 * part, dtype=torch.float16)
+    block = min(64, 1024 // part)
     with on_device(z):
         _pack_kernel[padded // block,](codebook, norms, top, packed, half, K, D=D, PART=part, BLOCK_K=block)
         _nearest_code_kernel[triton.cdiv(N, config["BLOCK_M"]),](
@@ -245,37 +222,29 @@ def _nearest_code_triton(z, codebook, l2):
 
 @torch.library.custom_op("nanollamagen::nearest_code", mutates_args=())
 def _nearest_code(z: torch.Tensor, codebook: torch.Tensor, l2: bool, use_kernel: bool) -> torch.Tensor:
-    if not z.shape[0]:
-        return torch.empty(0, dtype=torch.int64, device=z.device)
+    if not len(z):
+        return z.new_empty(0, dtype=torch.int64)
     return (_nearest_code_triton if use_kernel else nearest_code_ref)(z, codebook, l2)
 
 
-@_nearest_code.register_fake
-def _(z, codebook, l2, use_kernel):
-    return z.new_empty(z.shape[0], dtype=torch.int64)
+_nearest_code.register_fake(lambda z, codebook, l2, use_kernel: z.new_empty(z.shape[0], dtype=torch.int64))
 
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor, l2: bool = True) -> torch.Tensor:
     """Index of the code nearest to every vector, the lowest on ties; no gradient.
 
-    z [N, D] and codebook [K, D], each float32, bfloat16 or float16, finite and below 1e15 in magnitude -> int64 [N].
+    z [N, D], codebook [K, D], each float32, bfloat16 or float16, finite and below 1e15 in magnitude -> int64 [N].
     l2: both hold unit vectors, nearest is the largest dot product. A vector with a NaN or infinity gets index 0.
-    Upcast to float32 and compared in full float32, or better, under any autocast and TF32 setting. The PyTorch path
-    expands |z - e|^2, so it tells codes apart down to 1e-7 |z| |e|; the kernel has no such limit.
-    Raises ValueError for other shapes or an empty codebook.
+    Compared in full float32 or better under any autocast and TF32 setting; the PyTorch path expands |z - e|^2 and so
+    tells codes apart down to 1e-7 |z| |e|, the kernel without limit. Raises ValueError for other shapes or no codes.
     """
     if z.dim() != 2 or codebook.dim() != 2 or z.shape[1] != codebook.shape[1] or not codebook.numel():
         raise ValueError(f"nearest_code needs z [N, D] and codebook [K, D], got {(*z.shape,)} and {(*codebook.shape,)}")
-    why = "" if z.shape[1] <= MAX_D else f"codes of {z.shape[1]} dimensions are wider than {MAX_D}"
-    use_kernel = use_triton(z, why) and use_triton(codebook)
-    return _nearest_code(z.detach(), codebook.detach(), l2, use_kernel)
+    why = "" if z.shape[1] <= 256 else f"codes of {z.shape[1]} dimensions are wider than 256"
+    return _nearest_code(z.detach(), codebook.detach(), l2, use_triton(z, why) and use_triton(codebook))
 
 
 def code_usage(indices: torch.Tensor, K: int) -> torch.Tensor:
-    """How often each of K codes occurs: indices of any shape, int64 in [0, K) -> int64 [K].
-
-    Without the host synchronisation of torch.bincount; integer sums are the same in any order.
-    """
-    indices = indices.reshape(-1)
-    ones = torch.ones((), dtype=torch.int64, device=indices.device).expand(indices.shape)
-    return torch.zeros(K, dtype=torch.int64, device=indices.device).scatter_add_(0, indices, ones)
+    """Counts int64 [K] of integers in [0, K) of any shape, without the host synchronisation of torch.bincount."""
+    indices = indices.reshape(-1).long()
+    return indices.new_zeros(K).scatter_add_(0, indices, indices.new_ones(()).expand_as(indices))

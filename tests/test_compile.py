@@ -1,0 +1,194 @@
+"""Every kernel and configuration that may be picked, compiled ahead of time for four GPUs; needs none of them.
+
+Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
+search. `python tests/test_compile.py` prints the table.
+"""
+
+import collections
+import functools
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGETS = {
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
+}  # fmt: skip
+SHARED_LIMIT = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}  # 99 KiB: RTX cards too
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+CODE_DIMS = (8, 16, 32, 64, 128, 256)
+WIDTHS = (768, 1024, 1280, 1536, 3200, 8192)  # B, L, XL, XXL, 3B, and the widest supported
+HIDDEN = (2048, 2816, 3584, 4096, 8704)
+TOKENS, CODES = 65536, 16384
+
+
+class FakeDriver:
+    """Answers what a launch asks of the driver, so that `warmup` specialises and compiles as on the real GPU."""
+
+    def __init__(self, target):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(*target)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return list(TARGETS.values()).index((self.target.backend, self.target.arch, self.target.warp_size))
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def cases(target):
+    """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
+    names = ("kernels.codebook", "kernels.rms_norm", "kernels.swiglu")
+    codebook, rms_norm, swiglu = map(importlib.import_module, names)  # kernels.swiglu itself is the operation
+    threads = functools.partial(lambda config: config["num_warps"] * TARGETS[target][2])
+    f32, bf16, fp16, int64 = "float32", "bfloat16", "float16", "int64"
+    for D in CODE_DIMS:
+        config = codebook.launch_config(D, async_mma=target in ("sm_90", "sm_100"))
+        pairs = config["BLOCK_M"] * config["BLOCK_K"] / threads(config)
+        trips = max(config["PART"] // config["BLOCK_D"], 1)
+        for l2 in (True, False):
+            args = (f32, f32, fp16, f32, f32, int64, 262144, CODES, CODES)
+            name = f"nearest_code {'l2' if l2 else 'euclid'} D={D}"
+            yield name, codebook._nearest_code_kernel, args, dict(config, D=D, L2=l2), pairs, trips
+        block = min(64, 1024 // config["PART"])
+        pack = dict(D=D, PART=config["PART"], BLOCK_K=block, num_warps=4)
+        args = (f32, f32, f32, fp16, f32, CODES)
+        yield f"pack D={D}", codebook._pack_kernel, args, pack, block * D / threads(pack), 1
+    seen = set()
+    for W in WIDTHS:
+        for backward in (False, True):
+            config = rms_norm.launch_config(W, backward)
+            if (key := (config["BLOCK_W"], backward)) in seen:
+                continue
+            seen.add(key)
+            kernel = rms_norm._rms_norm_bwd_kernel if backward else rms_norm._rms_norm_fwd_kernel
+            for add in (False, True):
+                s = f32 if add else bf16  # under autocast: branches in bfloat16, the residual stream in float32
+                args = (bf16, s, s, f32, s, f32, W, W, W, TOKENS, W, 1e-5)
+                args = args if backward else (bf16, s, f32, bf16, s, W, W, TOKENS, W, 1e-5)
+                name = f"rms_norm {'bwd' if backward else 'fwd'}{' +residual' if add else ''} W={W}"
+                yield name, kernel, args, dict(config, ADD=add), config["BLOCK_M"] * W / threads(config), 1
+    for H in HIDDEN:
+        config = swiglu.launch_config(TOKENS, H)[1]
+        if (key := (config["BLOCK_H"], "swiglu")) in seen:
+            continue
+        seen.add(key)
+        per = config["BLOCK_M"] * config["BLOCK_H"] / threads(config)
+        yield f"swiglu fwd H={H}", swiglu._swiglu_fwd_kernel, (bf16, bf16, 2 * H, TOKENS, H), config, per, 1
+        yield f"swiglu bwd H={H}", swiglu._swiglu_bwd_kernel, (bf16, bf16, bf16, H, 2 * H, TOKENS, H), config, per, 1
+
+
+def sass(cubin):
+    """Resource usage and (address, opcode, operands) of every instruction."""
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", run([tool, "--dump-resource-usage", file.name]).stdout))
+        text = run([tool, "-sass", file.name]).stdout
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)(.*)$", text, re.M)
+    return usage, [(int(address, 16), opcode, rest) for address, opcode, rest in found]
+
+
+def smallest_loop(code, *needed):
+    """Opcode counts of the shortest loop that holds the needed (opcode, how often), or of everything."""
+    loops = []
+    for address, opcode, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        if target and int(target[1], 16) < address:
+            body = collections.Counter(op for at, op, _ in code if int(target[1], 16) <= at <= address)
+            if all(body[op] >= count for op, count in needed):
+                loops.append(body)
+    body = min(loops, key=lambda body: body.total(), default=collections.Counter(op for _, op, _ in code))
+    return body - collections.Counter(NOP=body["NOP"])
+
+
+def compile_case(target, index):
+    """One row of the table."""
+    import torch
+    import triton
+
+    name, kernel, args, constants, per_thread, trips = list(cases(target))[index]
+    triton.runtime.driver.set_active(FakeDriver(TARGETS[target]))
+    values = [torch.empty(64, dtype=getattr(torch, arg)) if isinstance(arg, str) else arg for arg in args]
+    binary = kernel.warmup(*values, grid=(1,), **constants)
+    row = dict(target=target, kernel=name, warps=constants["num_warps"], shared=binary.metadata.shared)
+    if target == "gfx942":
+        asm = binary.asm["amdgcn"]
+        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        registers, stack, local = (int(re.search(rf"\.{key}:\s*(\d+)", asm)[1]) for key in keys)
+        row.update(registers=registers, stack=stack, local=local, mma=asm.count(MMA[target]))
+        row.update(per_element=None, half_rate=None)
+        return row
+    usage, code = sass(binary.asm["cubin"])
+    every = collections.Counter(op for _, op, _ in code)
+    hot = smallest_loop(code)
+    if name.startswith("nearest_code"):
+        hot = smallest_loop(code, (MMA[target], 1), ("FMNMX", 40))
+        inner = smallest_loop(code, (MMA[target], 1))
+        for _ in range(trips - 1 if inner.total() < hot.total() else 0):  # else unrolled
+            hot = hot + inner
+    elif "rms_norm bwd" not in name:
+        hot = every - collections.Counter(NOP=every["NOP"], BRA=every["BRA"])
+    half = sum(hot[op] for op in ("FMNMX", "FMNMX3", "SEL", "FSETP", "ISETP", "VIADD", "LEA", "LOP3", "IADD3", "PLOP3"))
+    row.update(registers=int(usage["REG"]), stack=int(usage["STACK"]), local=every["LDL"] + every["STL"])
+    row.update(mma=hot[MMA[target]], per_element=hot.total() / per_thread, half_rate=half / per_thread)
+    return row
+
+
+def table():
+    """All rows, by two processes at a time without the interpreter."""
+    env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "NANOLLAMAGEN_KERNELS")}
+    out = subprocess.run([sys.executable, __file__, "--json"], env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-4000:]
+    return json.loads(out.stdout)
+
+
+def show(rows):
+    """The table as text; instructions are per thread in the hot loop, half: those that issue at half rate on sm_90."""
+    columns = ("target", "warps", "registers", "stack", "shared", "mma", "per_element", "half_rate")
+    lines = ["kernel".ljust(30) + "".join(name.rjust(12) for name in columns)]
+    for row in sorted(rows, key=lambda row: row["kernel"]):
+        cells = ("-" if row[k] is None else f"{row[k]:.2f}" if k in columns[-2:] else str(row[k]) for k in columns)
+        lines.append(row["kernel"].ljust(30) + "".join(cell.rjust(12) for cell in cells))
+    return "\n".join(lines)
+
+
+def compile_all():
+    sys.path.insert(0, str(ROOT))
+    jobs = [(target, index) for target in TARGETS for index in range(len(list(cases(target))))]
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=2))
+
+
+def test_compile(capsys):
+    pytest.importorskip("triton")
+    rows = table()
+    with capsys.disabled():
+        print("\n" + show(rows))
+    bad = [row for row in rows if row["stack"] or row["local"]]
+    assert not bad, f"spills:\n{show(bad)}"
+    bad = [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]]
+    assert not bad, f"too much shared memory:\n{show(bad)}"
+    bad = [row for row in rows if row["kernel"].startswith("nearest_code") and not row["mma"]]
+    assert not bad, f"no tensor-core instructions:\n{show(bad)}"
+
+
+if __name__ == "__main__":
+    compiled = compile_all() if "--json" in sys.argv else table()
+    print(json.dumps(compiled) if "--json" in sys.argv else show(compiled))

@@ -1,0 +1,341 @@
+"""Kernels against float64, on a GPU, or on the CPU under Triton's interpreter (which cannot do bfloat16)."""
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+codebook_file, rms_norm_file, swiglu_file = (
+    importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu")
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+
+
+def name(value):
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels():
+    """Kernels on, and every torch.empty filled with NaN or the largest integer, so that an unwritten output shows."""
+    before = kernels.use("triton")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.use_deterministic_algorithms(False)
+    kernels.use(before)
+
+
+def run(fn, inputs, upstream, dtype=None):
+    """Outputs of fn and gradients of its inputs, in one list."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    outputs = fn(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    grads = torch.autograd.grad(outputs, inputs, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)])
+    return outputs + list(grads)
+
+
+def check(kernel, reference, inputs, upstream):
+    """Error of the kernel <= 2x that of the reference in the same dtype + 1 ulp, both against float64."""
+    exact = run(reference, inputs, upstream, torch.float64)
+    for ours, torchs, true in zip(run(kernel, inputs, upstream), run(reference, inputs, upstream), exact, strict=True):
+        assert ours.dtype == torchs.dtype and ours.shape == torchs.shape
+        if true.numel():
+            tolerance = torch.finfo(ours.dtype).eps * true.abs().max()
+            error, allowed = (ours - true).abs().max(), 2 * (torchs - true).abs().max() + tolerance
+            assert error <= allowed, f"{error} > {allowed}"
+
+
+def layout(x, kind):
+    """x with the values it has, differently strided."""
+    if kind == "columns":  # a slice of wider rows
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    if kind == "strided":
+        return torch.stack([x, x], -1)[..., 0]
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if kind == "transposed" else x
+
+
+ROWS = [((4, 9, 1024), "plain"), ((3, 5, 1280), "columns"), ((7, 768), "strided"), ((5, 3, 97), "transposed"),
+        ((131, 7), "plain"), ((3, 1), "plain"), ((2, 8192), "plain"), ((0, 64), "plain"),
+        ((2, 0, 64), "plain")]  # fmt: skip
+
+PAIRS = [((3, 5, 2 * 2816), "plain"), ((4, 2 * 1031), "columns"), ((6, 2 * 96), "strided"), ((4, 3, 256), "transposed"),
+         ((37, 2 * 3), "plain"), ((5, 2), "plain"), ((0, 64), "plain"), ((2, 0, 64), "plain")]  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [None, "same", torch.float32], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape, kind", ROWS, ids=name)
+def test_rms_norm(shape, kind, dtype, residual):
+    stream = dtype if residual == "same" else residual
+    if residual == dtype:
+        pytest.skip("the same as 'same'")
+    x = layout(torch.randn(shape, device=DEVICE).to(dtype), kind)
+    inputs = [x, torch.rand(shape[-1], device=DEVICE) + 0.5]
+    if residual is not None:
+        inputs.append(layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind))
+    upstream = [torch.randn(shape, device=DEVICE).to(dtype) for _ in inputs[1:]]
+
+    def call(function):
+        return lambda x, weight, *rest: function(x, weight, 1e-5, *rest)
+
+    check(call(kernels.rms_norm), call(rms_norm_file.rms_norm_ref), inputs, upstream)
+
+
+def test_rms_norm_one_output_used():
+    x, weight, residual = torch.randn(3, 40), torch.rand(40), torch.randn(3, 40)
+    for used in (0, 1):
+        inputs = [t.to(DEVICE).requires_grad_() for t in (x, weight, residual)]
+        ours, theirs = (
+            torch.autograd.grad(fn(inputs[0], inputs[1], 1e-5, inputs[2])[used].sum(), inputs, allow_unused=True)
+            for fn in (kernels.rms_norm, rms_norm_file.rms_norm_ref)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b) if b is not None else None
+            assert (a is None) == (b is None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape, kind", PAIRS, ids=name)
+def test_swiglu(shape, kind, dtype):
+    x = layout(2 * torch.randn(shape, device=DEVICE).to(dtype), kind)
+    upstream = [torch.randn(*shape[:-1], shape[-1] // 2, device=DEVICE).to(dtype)]
+    check(kernels.swiglu, swiglu_file.swiglu_ref, [x], upstream)
+
+
+def exact_scores(z, codes, l2):
+    """Float64 scores [N, K]; the largest is the nearest."""
+    z, codes = z.double(), codes.double()
+    return z @ codes.t() if l2 else -torch.cdist(z, codes, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(shape, device=DEVICE), dim=-1)
+
+
+SEARCHES = [(300, 1000, 8), (129, 517, 4), (64, 1, 8), (1, 3, 5), (130, 131, 16), (67, 300, 31), (100, 260, 64),
+            (40, 130, 100), (50, 140, 256)]  # fmt: skip
+
+
+@pytest.mark.parametrize("l2", [True, False], ids=["l2", "euclid"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("N, K, D", SEARCHES, ids=name)
+def test_nearest_code(N, K, D, dtype, l2):
+    make = unit if l2 else lambda *shape: torch.randn(shape, device=DEVICE)
+    z, codes = make(N, D).to(dtype), make(K, D).to(dtype)
+    scores = exact_scores(z, codes, l2)
+    for mode, slack in (("triton", 1e-14), ("torch", 2e-6 * D**0.5)):
+        kernels.use(mode)
+        index = kernels.nearest_code(z, codes, l2)
+        assert index.dtype == torch.int64 and index.shape == (N,)
+        gap = scores.amax(1) - scores.gather(1, index[:, None])[:, 0]
+        assert (gap <= slack * scores.abs().amax(1)).all(), mode
+
+
+@pytest.mark.parametrize("scale, shift", [(1e4, 0), (1e-4, 0), (1, 50), (1e-12, 0), (1e12, 0)])
+def test_nearest_code_ranges(scale, shift):
+    """Far from unit: float16 parts neither overflow nor lose the small, and a common offset does not cancel."""
+    z, codes = (scale * (torch.randn(n, 8, device=DEVICE) + shift) for n in (130, 300))
+    z[:5] = codes[[7, 7, 290, 0, 150]]
+    for l2 in (False, True):
+        index = kernels.nearest_code(z, codes, l2)
+        assert torch.equal(index, exact_scores(z, codes, l2).argmax(1))
+
+
+def test_nearest_code_not_contiguous():
+    z, codes = unit(8, 150).t(), unit(300, 16)[:, ::2]
+    assert torch.equal(kernels.nearest_code(z, codes), exact_scores(z, codes, True).argmax(1))
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("l2", [True, False], ids=["l2", "euclid"])
+def test_nearest_code_ties(mode, l2):
+    """Equal codes in one group, in two blocks of a slot, and in so many that all codes are rescanned."""
+    kernels.use(mode)
+    codes = F.normalize(torch.randint(-3, 4, (600, 8), device=DEVICE).float(), dim=-1)
+    codes[[5, 6, 133, 300]] = unit(1, 8).expand(4, 8)
+    codes[[261, 389, 517]] = codes[133 + 4].expand(3, 8)
+    z = codes[[300, 517, 599, 6, 133, 389]]
+    expected = torch.stack([(codes == row).all(1).nonzero()[0, 0] for row in z])
+    assert torch.equal(kernels.nearest_code(z, codes, l2), expected)
+    assert kernels.nearest_code(z, codes[:1].expand(300, 8), l2).eq(0).all()
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("l2", [True, False], ids=["l2", "euclid"])
+def test_nearest_code_edges(mode, l2):
+    kernels.use(mode)
+    z, codes = unit(6, 8), unit(9, 8) * (1 if l2 else torch.arange(9, 0, -1, device=DEVICE)[:, None])
+    good = exact_scores(z, codes, l2).argmax(1)
+    z[0, 0], z[1, 7], z[2, 3], z[3] = float("nan"), float("inf"), -float("inf"), 0
+    index = kernels.nearest_code(z, codes, l2)
+    assert index[:3].eq(0).all() and torch.equal(index[4:], good[4:])
+    assert index[3] == exact_scores(z[3:4], codes, l2).argmax()
+    assert kernels.nearest_code(z[:0], codes, l2).shape == (0,)
+    for wrong in (codes[:0], codes[:, :4], codes[0]):
+        with pytest.raises(ValueError, match="nearest_code needs"):
+            kernels.nearest_code(z, wrong, l2)
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_nearest_code_ignores_precision_settings(mode):
+    kernels.use(mode)
+    z, codes = unit(200, 8), unit(400, 8)
+    expected = exact_scores(z, codes, True).argmax(1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(kernels.nearest_code(z, codes), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def parts(x, scale):
+    """The two float16 parts of x * scale, as float32."""
+    hi = (x * scale).half()
+    return hi.float(), (x * scale - hi.float()).half().float()
+
+
+def truncated_mma(a, b):
+    """a [n, 32] @ b [32, K] as tensor cores may do it: 16 products and the sum so far, cut at the largest's 24 bits."""
+    acc = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for k in range(0, a.shape[1], 16):
+        terms = [acc] + [a[:, k + i, None].double() * b[None, k + i].double() for i in range(16)]
+        largest = torch.stack([term.abs() for term in terms]).amax(0)
+        step = torch.exp2(torch.floor(torch.log2(largest)) - 23)
+        acc = sum((term / step).trunc() * step for term in terms)
+        step = torch.exp2(torch.floor(torch.log2(acc.abs().clamp(min=1e-30))) - 23)
+        acc = (acc / step).trunc() * step
+    return acc
+
+
+def test_nearest_code_arithmetic_at_full_size():
+    """16,384 unit vectors against 16,384 codes, D = 8: the search keeps the exact winner's group, always."""
+    generator, config = torch.Generator().manual_seed(1), codebook_file.launch_config(8)
+    z, codes = (F.normalize(torch.randn(16384, 8, generator=generator), dim=-1) for _ in range(2))
+    norms, (block, slots, pair) = codes.norm(dim=1), (config[k] for k in ("BLOCK_K", "SLOTS", "PAIR"))
+    z_scale = torch.exp2(14 - z.abs().amax(1, keepdim=True).log2().floor())
+    scale = torch.exp2(14 - norms.max().log2().floor())
+    (z_hi, z_lo), (e_hi, e_lo) = parts(z, z_scale), parts(codes, scale)
+    a, b = torch.cat([z_lo, z_lo, z_hi, z_hi], 1), torch.cat([e_hi, e_lo, e_hi, e_lo], 1).t().contiguous()
+    margin = config["MARGIN"] * (z * z_scale).norm(dim=1) * (norms.max() * scale)
+
+    rows = slice(0, 48)  # worst case: the bound holds for truncating hardware
+    error = truncated_mma(a[rows], b) - (z[rows].double() * z_scale[rows]) @ (codes.double() * scale).t()
+    assert (error.abs().amax(1) <= margin[rows] / 2).all()
+
+    wrong, groups, crowded = 0, 0, 0
+    for rows in torch.arange(16384).split(1024):
+        exact = z[rows].double() @ codes.double().t()
+        best = (a[rows] @ b).view(1024, 16384 // block, -1, slots, pair).amax((2, 4))
+        kept = best >= (best.amax((1, 2)) - margin[rows])[:, None, None]
+        groups, crowded = groups + kept.sum().item(), crowded + (kept.sum(1) > 2).any(1).sum().item()
+        kept = kept[:, :, None, :, None].expand(-1, -1, block // (slots * pair), -1, pair).reshape(1024, 16384)
+        index = exact.masked_fill(~kept, -2).argmax(1)
+        wrong += (exact.gather(1, index[:, None])[:, 0] < exact.amax(1)).sum().item()
+    print(f"rescanned groups per vector {groups / 16384:.4f}, vectors with a third near-tie {crowded}")
+    assert wrong == 0 and groups < 1.05 * 16384 and crowded <= 2
+
+
+def test_code_usage():
+    for shape in ((300,), (3, 5, 7), (0,)):
+        index = torch.randint(0, 50, shape, device=DEVICE)
+        usage = kernels.code_usage(index, 64)
+        assert usage.dtype == torch.int64 and torch.equal(usage, torch.bincount(index.flatten(), minlength=64))
+
+
+def test_opcheck():
+    x, w, r = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((5, 40), (40,), (5, 40)))
+    ops = torch.ops.nanollamagen
+    for op, args in (
+        (ops.rms_norm, (x, w, 1e-5)), (ops.add_rms_norm, (x, w, 1e-5, r)), (ops.swiglu, (x,)),
+        (ops.rms_norm_backward, (x.detach(), None, r.detach(), w.detach(), 1e-5)),
+        (ops.swiglu_backward, (x.detach()[:, :20], x.detach())),
+        (ops.nearest_code, (unit(7, 8), unit(9, 8), True, True)),
+    ):  # fmt: skip
+        torch.library.opcheck(op.default, args)
+
+
+def test_gradcheck_of_the_torch_path():
+    kernels.use("torch")
+    x, w, r = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 6), (6,), (3, 6)))
+    assert torch.autograd.gradcheck(lambda *t: kernels.rms_norm(t[0], t[1], 1e-5, t[2]), (x, w, r))
+    assert torch.autograd.gradcheck(kernels.swiglu, (x,))
+
+
+@pytest.mark.parametrize("backend", ["inductor"] if DEVICE == "cuda" else ["aot_eager", "inductor"])
+def test_compile_equals_eager(backend):
+    x, w, r = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((6, 32), (32,), (6, 32)))
+    codes = unit(40, 8)
+
+    def block(x, w, r):
+        y, s = kernels.rms_norm(x, w, 1e-5, r)
+        y = kernels.rms_norm(kernels.swiglu(y), w[:16], 1e-5)
+        return y, s, kernels.nearest_code(y.view(-1, 8), codes, False)
+
+    def step(fn):
+        y, s, index = fn(x, w, r)
+        return [y, s, index, *torch.autograd.grad(y.sum() + s.square().sum(), (x, w, r))]
+
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for a, b in zip(step(compiled), step(block), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert step(compiled)[0].dtype == torch.float32
+
+
+def test_switch():
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="auto, triton, torch"):
+        kernels.use("cuda")
+    with pytest.raises(RuntimeError, match="float64 is not supported"):
+        kernels.swiglu(x.double().to(DEVICE))
+    with pytest.raises(RuntimeError, match="wider than 8192"):
+        kernels.rms_norm(torch.ones(1, 9000, device=DEVICE), torch.ones(9000, device=DEVICE), 1e-5)
+    with pytest.raises(ValueError, match="even"):
+        kernels.swiglu(x[:, :3])
+    with pytest.raises(ValueError, match="weight"):
+        kernels.rms_norm(x, torch.ones(3), 1e-5)
+    assert kernels.use("auto") == "triton"
+    assert not kernels.use_triton(x) and kernels.swiglu(x.double()).dtype == torch.float64
+
+
+def test_unserved_gpu_falls_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Old GPU")
+    kernels._find_obstacle.cache_clear()
+    with pytest.warns(UserWarning, match="Old GPU has a compute capability below 8.0"):
+        assert kernels._find_obstacle("cuda", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels._find_obstacle("cuda", 0)
+    kernels._find_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("code, says", [
+    ("import kernels", "RuntimeError: Triton kernels cannot run: PyTorch sees no GPU."),
+    ("import os, sys; sys.modules['triton'] = None; del os.environ['NANOLLAMAGEN_KERNELS']\n"
+     "import kernels, torch; kernels.swiglu(torch.ones(2, 4)); kernels.use('triton')", "RuntimeError: Triton kernels"),
+], ids=["asked for by the environment", "without the package triton"])  # fmt: skip
+def test_where_triton_cannot_run(code, says):
+    env = {**os.environ, "NANOLLAMAGEN_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    env.pop("TRITON_INTERPRET", None)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    out = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
+    assert out.returncode and says in out.stderr.splitlines()[-1]

@@ -1,0 +1,502 @@
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import encode
+import evaluate
+import losses
+import sample
+import train_gpt
+import train_vq
+import vq
+from common import learning_rate, save_file
+from encode import CodeWriter, file_sha256
+from gpt import GPT
+from vq import VQConfig, VQModel
+
+VQ = dict(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4)
+LLAMA = dict(n_layer=2, n_head=2, dim=32, ffn_dim=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small steps spend their time on waiting for busy cores otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    monkeypatch.setitem(train_vq.PRESETS, "tiny", VQ)
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", LLAMA)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """40 pictures of coloured stripes in two classes, of which two are held out."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(40):
+        stripes = np.arange(40)[:, None] // int(rng.integers(3, 9)) % 2
+        pixels = np.where(stripes[..., None], *(rng.permutation([0, 255, 255]) for _ in range(2)))
+        pixels = np.broadcast_to(pixels, (40, 40, 3)).astype(np.uint8)
+        path = folder / ("across" if i % 2 else "down") / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels if i % 2 else pixels.transpose(1, 0, 2)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    """A tokenizer file, and code files that name it: 12 and 4 images of 2 x 3 codes."""
+    folder = tmp_path_factory.mktemp("codes")
+    torch.manual_seed(0)
+    save_file(folder / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
+    meta = dict(tokenizer=str(folder / "vq.pt"), tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12],
+                augmentations=["a", "b"], class_names=["cat", "dog", "cow"], data="x", notice="")  # fmt: skip
+    for split, n in (("train", 12), ("val", 4)):
+        with CodeWriter(folder / "codes" / split, n, 2, (2, 3), 32, dict(meta, split=split)) as writer:
+            writer.write(torch.randint(32, (n, 2, 6)), torch.arange(n) % 3)
+    return folder / "codes"
+
+
+def run(script, monkeypatch, out, *options):
+    words = [f"{script.__name__}.py", "--preset", "tiny", "--device", "cpu", "--out", out, "--log-every", "1"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (*words, *options)])
+    script.main()
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def vq_options(pictures, *more):
+    return ("--data", pictures, "--size", "24", "--perceptual-weight", "0", "--batch-size", "8", *more)
+
+
+def gpt_options(codes, *more):
+    return ("--codes", codes, "--batch-size", "8", *more)
+
+
+NO_DISC = ("--disc-weight", "0")
+
+
+def series(rows, name):
+    return [row[name] for row in rows if name in row]
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# What a run leaves behind
+
+def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
+    rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
+        pictures, *NO_DISC, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--save-every", 2,
+        "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", "log.jsonl", "loss.png", "reconstructions.png", "reconstructions_000002.png",
+        "reconstructions_000004.png", "result.json", "state.pt", "vq.pt"]  # fmt: skip
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and len(series(rows, "val_loss")) == 3
+    assert set(steps[0]) == {"step", "loss", "mse", "codebook", "commitment", "entropy", "grad_norm", "lr", "usage",
+                             "perplexity", "dt_ms", "images_per_s"}  # fmt: skip
+    for row in steps:
+        parts = sum(row[name] for name in ("mse", "codebook", "commitment", "entropy"))
+        assert math.isclose(row["loss"], parts, rel_tol=1e-4) and row["lr"] == 2e-3 and 0 < row["usage"] <= 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["options"]["lr"] == "0.002" and config["command"][0] == "train_vq.py"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 5 and result["val_psnr"] > 0 and result["seconds"] > 0
+    assert all(Image.open(tmp_path / name).size[0] > 100 for name in ("reconstructions.png", "loss.png"))
+    model = VQModel.from_pretrained(tmp_path / "vq.pt")
+    assert model.config == VQConfig(**VQ, entropy_weight=0.1, usage_window=700)
+
+
+def test_run_folder_of_the_gpt(codes, tmp_path, monkeypatch):
+    rows = run(train_gpt, monkeypatch, tmp_path, *gpt_options(
+        codes, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--n-kv-head", 1, "--cond-rope", "zero"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "codes.png", "config.json", "gpt.pt", "log.jsonl", "loss.png", "result.json", "samples.png",
+        "samples_000002.png", "samples_000004.png", "state.pt"]  # fmt: skip
+    steps = [row for row in rows if "loss" in row]
+    assert set(steps[0]) == {"step", "loss", "grad_norm", "lr", "dt_ms", "tokens_per_s"} and len(steps) == 5
+    assert math.isclose(steps[0]["loss"], math.log(32), rel_tol=1e-5)
+    assert series(rows, "val_loss")[-1] == pytest.approx(json.loads((tmp_path / "result.json").read_text())["val_loss"])
+    model = GPT.from_pretrained(tmp_path / "gpt.pt")
+    config = model.config
+    assert (config.grid, config.num_classes, config.vocab_size, config.n_kv_head) == ((2, 3), 3, 32, 1)
+    tokens = encode.CodeFile(codes / "val")
+    first = torch.from_numpy(tokens.codes[:, 0].astype(np.int64))
+    loss = model(first[:, :-1], torch.from_numpy(tokens.labels), targets=first)[1]
+    assert loss.item() == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
+    *_, meta = sample.load_models(codes.parent / "vq.pt", tmp_path / "gpt.pt", None, torch.device("cpu"))
+    assert meta == tokens.meta | dict(split="train", images=12)
+
+
+# Learning
+
+def test_tokenizer_overfits_one_batch():
+    torch.manual_seed(0)
+    model = VQModel(VQConfig(**VQ)).train()
+    images = F.interpolate(torch.rand(2, 3, 4, 4), size=16) * 2 - 1
+    args = SimpleNamespace(lr=5e-3, weight_decay=0.0, beta1=0.9, beta2=0.95)
+    optimizer = common.make_optimizer(model, args, torch.device("cpu"))
+    for _ in range(200):
+        rec, code_losses, codes = model(images)
+        mse = F.mse_loss(rec, images)
+        (mse + sum(code_losses.values())).backward()
+        common.update(model, optimizer, args.lr, 1.0)
+    assert mse < 0.02 < images.var() / 10 and len(codes.unique()) > 8
+
+
+def test_both_scripts_learn(pictures, codes, tmp_path, monkeypatch):
+    rows = run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(
+        pictures, *NO_DISC, "--max-steps", 60, "--lr", 3e-3, "--kmeans-step", 10, "--restart-every", 20))
+    mse = series(rows, "mse")
+    assert np.mean(mse[-5:]) < 0.65 * np.mean(mse[:5])
+    rows = run(train_gpt, monkeypatch, tmp_path / "gpt", *gpt_options(
+        codes, "--max-steps", 120, "--lr", 1e-2, "--dropout", 0, "--batch-size", 12))
+    assert np.mean(series(rows, "loss")[-5:]) < 0.8 < math.log(32) / 4
+
+
+def test_kmeans_and_restarts_come_at_their_steps(pictures, tmp_path, monkeypatch):
+    calls, step = [], []
+    for name in ("init_kmeans", "restart_dead_codes"):
+        method = getattr(vq.Quantizer, name)
+        monkeypatch.setattr(vq.Quantizer, name, lambda book, z, name=name, method=method: (
+            calls.append((len(step), name, tuple(z.shape))), method(book, z)))
+    rate = common.learning_rate
+    monkeypatch.setattr(common, "learning_rate", lambda *args: step.append(1) or rate(*args))
+    rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
+        pictures, *NO_DISC, "--max-steps", 11, "--kmeans-step", 4, "--restart-every", 3, "--usage-window", 288))
+    enough = (1152, 4)  # 32 vectors a code, out of batches of 8 x 36
+    assert calls == [(5, "init_kmeans", enough), (7, "restart_dead_codes", (288, 4)),
+                     (10, "restart_dead_codes", (288, 4))]  # the loop counts from 0, learning_rate calls from 1
+    assert series(rows, "usage")[4] == 1 > series(rows, "usage")[0]
+
+
+def test_critic_learns_to_separate_before_it_is_asked(pictures, tmp_path, monkeypatch):
+    rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
+        pictures, "--max-steps", 16, "--lr", 3e-4, "--disc-start", 14, "--disc-warmup", 12))
+    assert [row["step"] for row in rows if "disc_loss" in row] == list(range(3, 17))  # steps count from 0 in the loop
+    assert [row["step"] for row in rows if "adversarial" in row] == [15, 16]
+    assert np.mean(series(rows, "disc_accuracy")[-4:]) > 0.9 > 0.8 > series(rows, "disc_accuracy")[0]
+    assert series(rows, "disc_loss")[-1] < 0.7 * series(rows, "disc_loss")[0]
+
+
+@pytest.mark.parametrize("more", [(), ("--disc-loss", "non-saturating"), ("--adaptive-disc-weight",)],
+                         ids=["hinge", "non-saturating", "adaptive"])  # fmt: skip
+def test_generator_feels_the_critic(pictures, tmp_path, monkeypatch, more):
+    options = vq_options(pictures, "--max-steps", 3, "--disc-start", 0, "--disc-warmup", 0, *more)
+    rows, asked = run(train_vq, monkeypatch, tmp_path / "a", *options), {}
+    for weight in (0.0001, 0.5):
+        grad = run(train_vq, monkeypatch, tmp_path / str(weight), *options, "--disc-weight", weight)[0]["grad_norm"]
+        asked[weight] = grad
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    assert asked[0.5] != asked[0.0001] and len(series(rows, "adversarial")) == 3
+
+
+def test_perceptual_loss_and_bfloat16(pictures, codes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vq, "LPIPS", lambda: losses.LPIPS(random_weights=True))
+    rows = run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(
+        pictures, "--max-steps", 2, "--perceptual-weight", 2, "--dtype", "bfloat16", "--disc-start", 0,
+        "--adaptive-disc-weight", "--batch-size", 2))  # fmt: skip
+    assert series(rows, "perceptual")[0] > 0 and all(math.isfinite(v) for row in rows for v in row.values())
+    assert series(rows, "val_loss")[-1] > 0.01
+    rows = run(train_gpt, monkeypatch, tmp_path / "gpt", *gpt_options(
+        codes, "--max-steps", 40, "--lr", 1e-2, "--dtype", "bfloat16", "--ema", 0.5))
+    assert series(rows, "loss")[-1] < 2.5
+    weights = torch.load(tmp_path / "gpt" / "gpt.pt")["model"]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+# Resuming, accumulation, limits
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, call):
+    """`update` raises on its call number `call`; what is returned puts an end to that."""
+    update, calls = common.update, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return update(*args)
+
+    monkeypatch.setattr(common, "update", counted)
+    return lambda: monkeypatch.setattr(common, "update", update)
+
+
+RUNS = {
+    "vq": (train_vq, "vq.pt", lambda p, c: vq_options(
+        p, "--model-dropout", 0.1, "--disc-start", 2, "--disc-warmup", 1, "--kmeans-step", 2, "--restart-every", 4,
+        "--micro-batch-size", 4), 9),
+    "gpt": (train_gpt, "gpt.pt", lambda p, c: gpt_options(c, "--micro-batch-size", 4), 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
+    """Killed in step 6 of 7 after the checkpoint of step 4: the same weights, states and log as without."""
+    script, file, options, updates = RUNS[name]
+    options = (*options(pictures, codes), "--max-steps", 7, "--save-every", 4, "--eval-every", 3, "--picture-every", 3,
+               "--schedule", "cosine", "--warmup-steps", 2, "--ema", 0.8, "--lr", 1e-3)  # fmt: skip
+    rows = run(script, monkeypatch, tmp_path / "whole", *options)
+    revive = kill_at(monkeypatch, updates)
+    with pytest.raises(Killed):
+        run(script, monkeypatch, tmp_path / "cut", *options)
+    revive()
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 4
+    resumed = run(script, monkeypatch, tmp_path / "cut", *options, "--resume")
+    timing = ("dt_ms", "images_per_s", "tokens_per_s")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in rows] == [
+        {k: v for k, v in row.items() if k not in timing} for row in resumed]  # fmt: skip
+    for path in (file, "state.pt"):
+        whole, cut = (torch.load(tmp_path / run / path, weights_only=True) for run in ("whole", "cut"))
+        assert whole.pop("elapsed", 0) != cut.pop("elapsed", 1)
+        assert same(whole, cut)
+    state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
+    assert {"model", "ema", "optimizer", "rng", "step"} <= set(state)
+    assert not same(state["model"], state["ema"])
+    saved = torch.load(tmp_path / "whole" / file, weights_only=True)["model"]
+    assert same(saved, state["ema"])  # what is evaluated and sampled
+
+
+def test_resuming_needs_the_same_options(codes, tmp_path, monkeypatch):
+    options = gpt_options(codes, "--max-steps", 1)
+    with pytest.raises(FileNotFoundError, match="state.pt: no such file"):
+        run(train_gpt, monkeypatch, tmp_path, *options, "--resume")
+    run(train_gpt, monkeypatch, tmp_path, *options)
+    for change, message in ((("--ema", 0.9), "holds no ema"), (("--n-kv-head", 1), "other options")):
+        with pytest.raises(ValueError, match=f"state.pt .*{message}"):
+            run(train_gpt, monkeypatch, tmp_path, *options, *change, "--resume")
+
+
+@pytest.mark.parametrize("name", ["vq", "gpt"])
+def test_accumulation_gives_the_same_gradient(name, pictures, codes, tmp_path, monkeypatch):
+    script = RUNS[name][0]
+    still = ("--dropout", 0, "--cond-dropout", 0, "--max-steps", 2)
+    options = vq_options(pictures, *NO_DISC, "--max-steps", 2) if name == "vq" else gpt_options(codes, *still)
+    gradients, update = {}, common.update
+
+    def spy(model, *args):
+        gradients.setdefault(size, []).append([p.grad.clone() for p in model.parameters()])
+        return update(model, *args)
+
+    monkeypatch.setattr(common, "update", spy)
+    logs = {}
+    for size in (8, 4, 1):
+        logs[size] = run(script, monkeypatch, tmp_path / str(size), *options, "--micro-batch-size", size)
+    for size in (4, 1):
+        assert len(gradients[size]) == len(gradients[8]) == 2
+        for mine, whole in zip(gradients[size][0], gradients[8][0], strict=True):
+            torch.testing.assert_close(mine, whole, atol=2e-6, rtol=1e-4)
+        for part in ("loss", "grad_norm", "val_loss"):
+            assert series(logs[size], part) == pytest.approx(series(logs[8], part), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vq", "gpt"])
+def test_max_minutes_ends_the_run(name, pictures, codes, tmp_path, monkeypatch):
+    script = RUNS[name][0]
+    options = vq_options(pictures, *NO_DISC) if name == "vq" else gpt_options(codes)
+    rows = run(script, monkeypatch, tmp_path, *options, "--max-minutes", 0.01, "--max-steps", 10**6, "--log-every",
+               10**5, "--schedule", "cosine", "--lr", 1e-3)  # fmt: skip
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0 < result["steps"] < 5000 and 0.6 <= result["seconds"] < 5
+    last = [row for row in rows if "loss" in row][-1]  # logged although no interval was complete
+    assert last["step"] == result["steps"] and last["lr"] < 5e-4  # the cosine followed the clock
+    assert (name == "vq") or result["train_loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+# Weights and codes from elsewhere
+
+def test_tokenizer_goes_on_from_weights_alone(pictures, tmp_path, monkeypatch):
+    options = vq_options(pictures, *NO_DISC)
+    run(train_vq, monkeypatch, tmp_path / "a", *options, "--max-steps", 30, "--lr", 3e-3)
+    weights = torch.load(tmp_path / "a" / "vq.pt")["model"]
+    torch.save({"model": weights, "args": argparse.Namespace()}, tmp_path / "p.pt")
+    before = json.loads((tmp_path / "a" / "result.json").read_text())
+    for init in (tmp_path / "a" / "vq.pt", tmp_path / "p.pt"):
+        rows = run(train_vq, monkeypatch, tmp_path / "b", *options, "--max-steps", 1, "--lr", 1e-9, "--init", init,
+                   "--beta", 0.5, "--usage-window", 100)  # fmt: skip
+        assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
+        config = VQModel.from_pretrained(tmp_path / "b" / "vq.pt").config
+        assert (config.beta, config.usage_window, config.patch) == (0.5, 100, 2)
+    with pytest.raises(ValueError, match="leave --codebook-size and --code-dim out"):
+        run(train_vq, monkeypatch, tmp_path / "b", *options, "--init", init, "--code-dim", 4)
+
+
+def test_gpt_goes_on_from_weights_alone(codes, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", dict(LLAMA, n_head=4, dim=128))
+    options = gpt_options(codes, "--max-steps", 20, "--lr", 3e-3, "--cond-rope", "zero")
+    run(train_gpt, monkeypatch, tmp_path / "a", *options)
+    torch.save(torch.load(tmp_path / "a" / "gpt.pt")["model"], tmp_path / "p.pt")
+    before = json.loads((tmp_path / "a" / "result.json").read_text())
+    for init in (tmp_path / "a" / "gpt.pt", tmp_path / "p.pt"):
+        rows = run(train_gpt, monkeypatch, tmp_path / "b", *gpt_options(
+            codes, "--max-steps", 1, "--lr", 1e-9, "--init", init, "--dropout", 0.3))
+        assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
+        config = GPT.from_pretrained(tmp_path / "b" / "gpt.pt").config
+        assert (config.cond_rope, config.dropout) == ("zero", 0.3)
+
+
+def test_codes_of_another_tokenizer_are_refused(codes, tmp_path, monkeypatch):
+    save_file(tmp_path / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
+    options = gpt_options(codes, "--max-steps", 1)
+    with pytest.raises(ValueError, match="names the tokenizer .*vq.pt"):
+        run(train_gpt, monkeypatch, tmp_path / "a", *options, "--vq", tmp_path / "vq.pt")
+    with pytest.raises(FileNotFoundError, match="is not there: give it with --vq"):
+        run(train_gpt, monkeypatch, tmp_path / "a", *options, "--vq", tmp_path / "none.pt")
+    meta = json.loads((codes / "val" / "meta.json").read_text())
+    for split in ("train", "val"):
+        (tmp_path / "mixed" / split).mkdir(parents=True)
+        for file in (codes / split).iterdir():
+            (tmp_path / "mixed" / split / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "mixed" / "val" / "meta.json").write_text(json.dumps(meta | dict(tokenizer_sha256="ab" * 32)))
+    with pytest.raises(ValueError, match="val/meta.json names the tokenizer"):
+        run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(tmp_path / "mixed", "--max-steps", 1))
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_do_not_fit_the_codes_are_refused(codes, tmp_path, monkeypatch):
+    for change, message in ((dict(vocab_size=33), "vocab_size 33, the codes have 32"),
+                            (dict(num_classes=4), "num_classes 4, the codes have 3"),
+                            (dict(cond="text", n_cond=2, text_dim=8), "text")):  # fmt: skip
+        sizes = dict(LLAMA, vocab_size=32, num_classes=3) | change
+        save_file(tmp_path / "gpt.pt", GPT(train_gpt.GPTConfig(**sizes)).checkpoint())
+        with pytest.raises(ValueError, match=f"--init .*gpt.pt .*{message}"):
+            run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(codes, "--init", tmp_path / "gpt.pt"))
+
+
+# Options
+
+@pytest.mark.parametrize("flag, mirrored", [("--flip", True), ("--no-flip", False)])
+def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
+    seen, image_batches = [], train_vq.image_batches
+    monkeypatch.setattr(train_vq, "image_batches", lambda s, *args: seen.append(s.flip) or image_batches(s, *args))
+    run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(pictures, *NO_DISC, flag, "--max-steps", 1))
+    assert seen == [mirrored]
+    monkeypatch.setattr(sys, "argv", [
+        "encode.py", "--vq", str(tmp_path / "vq" / "vq.pt"), "--data", str(pictures), "--size", "16", "24", flag,
+        "--out", str(tmp_path / "codes"), "--crop-scales", "1.1"])  # fmt: skip
+    encode.main()
+    file = encode.CodeFile(tmp_path / "codes" / "train")
+    assert file.codes.shape == (38, 10 if mirrored else 5, 24) and file.grid == (4, 6)
+    assert any("mirrored" in name for name in file.meta["augmentations"]) == mirrored
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--max-steps", 0), "--max-steps has to be above 0"), (("--batch-size", 0), "--batch-size has to be above 0"),
+    (("--log-every", 0), "--log-every has to be above 0"), (("--max-minutes", -1), "--max-minutes has to be above 0"),
+    (("--micro-batch-size", 3), "--batch-size 8 is no multiple of --micro-batch-size 3"), (("--ema", 1), r"--ema 1.0"),
+    (("--micro-batch-size", 0), "--micro-batch-size has to be above 0"), (("--clip", -1), "--clip cannot be below 0"),
+    (("--warmup-steps", -1), "--warmup-steps cannot be below 0"), (("--device", "tpu"), "--device tpu"),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "")
+def test_impossible_options_are_refused(options, message, codes, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(codes, "--max-steps", 1, *options))
+    assert not (tmp_path / "a").exists()
+
+
+def test_learning_rates():
+    args = SimpleNamespace(lr=2.0, min_lr=0.5, warmup_steps=4, schedule="constant")
+    assert [learning_rate(args, step, step / 10) for step in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    args.schedule = "cosine"
+    for step, progress in ((0, 0.0), (3, 0.3), (5, 0.5), (9, 0.9), (10, 1.0), (10, 1.2)):
+        cosine = 0.5 + 1.5 * (1 + math.cos(math.pi * min(progress, 1))) / 2
+        assert learning_rate(args, step, progress) == pytest.approx(min(1, (step + 1) / 4) * cosine)
+    args.warmup_steps = 0
+    assert learning_rate(args, 0, 0.0) == 2.0 and learning_rate(args, 9, 1.0) == 0.5
+
+
+def test_update_decays_matrices_only_and_clips():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Conv2d(1, 1, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    args = SimpleNamespace(lr=7.0, weight_decay=0.1, beta1=0.8, beta2=0.9)
+    optimizer = common.make_optimizer(model, args, torch.device("cpu"))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert common.update(model, optimizer, 0.5, 1.0) == 0
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (0.95 if p.dim() >= 2 else 1.0))
+        assert p.grad is None
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    p = torch.nn.Parameter(torch.zeros(2))
+    for clip, moved in ((0.5, [-0.3, -0.4]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
+        p.data.zero_()
+        p.grad = torch.tensor([3.0, 4.0])
+        assert common.update(torch.nn.ParameterList([p]), torch.optim.SGD([p]), 1.0, clip) == 5
+        torch.testing.assert_close(p.data, torch.tensor(moved), atol=1e-5, rtol=1e-5)
+
+
+def test_average_of_weights():
+    torch.manual_seed(0)
+    ema, model = (torch.nn.BatchNorm1d(3) for _ in range(2))
+    torch.nn.init.normal_(model.weight)
+    model.running_mean += 5
+    common.update_ema(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, 0.9 + 0.1 * model.weight)
+    assert torch.equal(ema.running_mean, model.running_mean)
+
+
+def test_log_survives_a_line_cut_short(tmp_path):
+    args = SimpleNamespace()
+    log = common.RunLog(tmp_path, args, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1 / step)
+    with open(log.path, "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in common.RunLog(tmp_path, args, 2).rows] == [1, 2]
+    assert len(log.path.read_text().splitlines()) == 2
+    assert common.RunLog(tmp_path, args, 0).rows == []
+
+
+def dests(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from dests(child)
+        elif action.dest != "help":
+            yield action.dest
+
+
+@pytest.mark.parametrize("script", [train_vq, train_gpt, encode, sample, evaluate], ids=lambda s: s.__name__)
+def test_every_option_is_read(script, monkeypatch):
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: self)
+    names = set(dests(script.options())) - {"command"}  # which subcommand: its function is args.run
+    sources = "".join(Path(module.__file__).read_text() for module in (script, common))
+    assert names and {name for name in names if not re.search(rf"\bargs\.{name}\b", sources)} == set()
+
+
+def test_help_names_units_and_defaults(monkeypatch, capsys):
+    for script in (train_vq, train_gpt, encode, sample, evaluate):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            script.options()
+        assert stopped.value.code == 0 and "usage: x.py" in capsys.readouterr().out
+
+
+def test_presets_of_the_scripts_are_those_of_the_models():
+    assert train_vq.PRESETS is vq.PRESETS and {"B", "L", "XL", "XXL", "3B"} < set(train_gpt.PRESETS)
