@@ -67,7 +67,7 @@ def add_training_options(parser, **defaults):
     run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
     opt = parser.add_argument_group("optimisation")
     opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
-    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall-clock limit, minutes of training")
+    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall clock; the rate follows what ends first")
     opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
     opt.add_argument("--micro-batch-size", type=int, help="images per forward; the rest is accumulated (default: all)")
     opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
@@ -180,10 +180,20 @@ def read_weights(path):
     The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
     """
     content = read_file(path)
+    if "optimizer" in content and "rng" in content:
+        raise ValueError(f"{path} is a training state, for --resume: the model is the other .pt file beside it")
     keys = ("ema", "model", "module", "state_dict")
     weights = next((content[k] for k in keys if isinstance(content.get(k), dict) and content[k]), content)
     weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     return weights, content.get("config"), content
+
+
+def make_config(cls, fields, path):
+    """cls(**fields), the config that a checkpoint holds; ValueError for fields that this version does not know."""
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"{path}: its config is not one of this version ({error})") from None
 
 
 def load_weights(model, weights, path):
@@ -244,7 +254,9 @@ class RunLog:
         (self.out / "config.json").write_text(json.dumps(config, indent=1))
 
     def write(self, **row):
-        """Append one object; numbers are rounded to six digits."""
+        """Append one object, numbers rounded to six digits; ValueError, and no row, if the loss is not finite."""
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise ValueError(f"the loss is {row['loss']} at step {row['step']}: the last checkpoint stands")
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
         with open(self.path, "a") as file:

@@ -184,10 +184,10 @@ def options():
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
     crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
-    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image out of 1 to 1.25 * SIZE")
+    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in training")
     crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=int, default=32, help="images at a time, each with all its crops")
+    run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
     run.add_argument("--seed", type=int, default=0, help="of random crops")
     run.add_argument("--device", default="auto")
@@ -224,7 +224,7 @@ def encode_split(vq, split, args, size, device, dtype, tokenizer_sha256):
         for images, labels, _ in bar:
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
             with autocast(device, dtype):
-                codes = vq.encode(images)
+                codes = torch.cat([vq.encode(part) for part in images.split(args.batch_size)])
             writer.write(codes.view(len(labels), n_aug, -1), labels)
         return writer.written
 

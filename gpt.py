@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, read_weights
+from common import load_weights, make_config, read_weights
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, dim=128, ffn_dim=384),
@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     def set_grid(self, grid):
         """Paint h x w codes from now on: the same weights, another rotation table."""
-        self.config.grid = tuple(grid)
+        self.config = replace(self.config, grid=grid)
         device = self.tok_embeddings.weight.device
         device = "cpu" if device.type == "meta" else device
         for name, table in zip(("cos", "sin"), rope_table(self.config, self.config.grid), strict=True):
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):
-        """Teacher-forced logits; the same in training and evaluation.
+        """Teacher-forced logits; the same in training and evaluation but for dropout.
 
         tokens int64 [B, t], the first t codes of each image, 0 <= t < h*w; cond int64 [B] labels (num_classes: none) or
         features [B, n_cond, text_dim] with cond_mask bool [B, n_cond], True where there is text, padding on the left;
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             raise ValueError(f"{path}: not a GPT (it holds no tok_embeddings.weight)")
         if config is None and grid is None:
             raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384")
-        config = GPTConfig(**config) if config else infer_config(weights, path)
+        config = make_config(GPTConfig, config, path) if config else infer_config(weights, path)
         config = replace(config, grid=tuple(grid or config.grid), **changes)
         with torch.device("meta"):
             model = cls(config)

@@ -27,9 +27,9 @@ def options():
     data.add_argument("--vq", type=Path, help="the tokenizer, for pictures (default: the file that the codes name)")
     data.add_argument("--eval-images", type=int, default=5000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=list(PRESETS), default="B")
+    model.add_argument("--preset", choices=list(PRESETS), help="default: B")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
-    model.add_argument("--cond-rope", choices=["identity", "zero"], default="identity", help="zero: as LlamaGen")
+    model.add_argument("--cond-rope", choices=["identity", "zero"], help="default: identity; zero as LlamaGen")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
     model.add_argument("--dropout", type=float, default=0.1, help="of token embeddings, attention and FFN outputs")
     model.add_argument("--cond-dropout", type=float, default=0.1, help="share trained without a class, for guidance")
@@ -45,8 +45,10 @@ def build_model(args, codes):
     how = dict(dropout=args.dropout, cond_dropout=args.cond_dropout)
     sizes = dict(vocab_size=codes.codebook_size, num_classes=len(codes.class_names))
     if not args.init:
-        how |= dict(grid=codes.grid, cond_rope=args.cond_rope, n_kv_head=args.n_kv_head)
-        return GPT(GPTConfig(**PRESETS[args.preset] | sizes | how))
+        how |= dict(grid=codes.grid, cond_rope=args.cond_rope or "identity", n_kv_head=args.n_kv_head)
+        return GPT(GPTConfig(**PRESETS[args.preset or "B"] | sizes | how))
+    if args.preset or args.cond_rope or args.n_kv_head:
+        raise ValueError("--init takes the model from the file: leave --preset, --cond-rope and --n-kv-head out")
     model = GPT.from_pretrained(args.init, grid=codes.grid, **how)
     if model.config.cond != "class":
         raise ValueError(f"--init {args.init} wants text, the codes have classes")
@@ -132,7 +134,7 @@ def main():
 
     means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step")
-    step, row = start_step, {}
+    step = start_step
     while (progress := common.progress(args, step, elapsed)) < 1:
         lr = common.learning_rate(args, step, progress)
         tokens, labels = (x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed))
@@ -166,7 +168,8 @@ def main():
 
     bar.close()
     save(step)
-    final = dict(train_loss=row.get("loss"), val_loss=evaluate(best, val_codes, args, device))
+    train_loss = next((row["loss"] for row in reversed(log.rows) if "loss" in row), None)
+    final = dict(train_loss=train_loss, val_loss=evaluate(best, val_codes, args, device))
     log.write(step=step, val_loss=final["val_loss"])
     log.plot()
     picture("samples.png")

@@ -41,7 +41,7 @@ def options():
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=list(PRESETS), default="vq16")
+    model.add_argument("--preset", choices=list(PRESETS), help="default: vq16")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
     model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
     model.add_argument("--code-dim", type=int, help="channels of a code (default: the preset's)")
@@ -70,9 +70,9 @@ def build_model(args):
     how["usage_window"] = args.usage_window
     sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v}
     if not args.init:
-        return VQModel(VQConfig(**PRESETS[args.preset] | sizes | how))
-    if sizes:
-        raise ValueError("--init takes the codebook from the file: leave --codebook-size and --code-dim out")
+        return VQModel(VQConfig(**PRESETS[args.preset or "vq16"] | sizes | how))
+    if sizes or args.preset:
+        raise ValueError("--init takes the model from the file: leave --preset, --codebook-size and --code-dim out")
     return VQModel.from_pretrained(args.init, **how)
 
 

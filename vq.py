@@ -13,10 +13,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, read_weights
+from common import load_weights, make_config, read_weights
 
 PRESETS = {
-    "tiny": dict(channels=(48, 64, 96), patch=2, blocks=1, z_channels=64, codebook_size=256),
+    "tiny": dict(channels=(64, 96), patch=4, blocks=1, z_channels=64, codebook_size=256),
     "vq8": dict(channels=(128, 256, 256, 512)),
     "vq16": dict(channels=(128, 128, 256, 256, 512)),
 }
@@ -269,8 +269,8 @@ class VQModel(nn.Module):
 
     def init_weights(self):
         k = self.config.codebook_size  # convolutions keep PyTorch's default
-        nn.init.uniform_(self.quantize.embedding.weight, -1 / k, 1 / k)  # as published
-        if self.config.l2_norm:  # a step of Adam turns a vector of length 1e-4 by a right angle, a unit vector by 1e-4
+        nn.init.uniform_(self.quantize.embedding.weight, -1 / k, 1 / k)
+        if self.config.l2_norm:  # as published: Adam's first step would turn so short a vector anywhere
             self.quantize.embedding.weight.data = self.quantize.codebook().detach()
 
     def _encode(self, images):
@@ -316,7 +316,7 @@ class VQModel(nn.Module):
         weights, config, _ = read_weights(path)
         if "quantize.embedding.weight" not in weights:
             raise ValueError(f"{path}: not an image tokenizer (it holds no quantize.embedding.weight)")
-        config = replace(VQConfig(**config) if config else infer_config(weights, path), **changes)
+        config = replace(make_config(VQConfig, config, path) if config else infer_config(weights, path), **changes)
         with torch.device("meta"):
             model = cls(config)
         # A window of past codes means nothing to a new run: published files hold zeros.

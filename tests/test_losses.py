@@ -6,15 +6,6 @@ import torch
 import losses
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small convolutions spend their time on waiting for busy cores otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def lpips():
     torch.manual_seed(0)

@@ -173,7 +173,7 @@ def test_losses_and_straight_through_gradient(l2_norm):
 
 
 def test_new_codes_are_unit_vectors(model):
-    """Adam moves an entry by lr whatever its size: on vectors of length 1e-4 a step would be a quarter turn."""
+    """Adam moves an entry by lr whatever its size: a vector of length 1e-4 would point anywhere after one step."""
     torch.testing.assert_close(model.quantize.embedding.weight.norm(dim=1), torch.ones(32))
 
 
