@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import resource
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,14 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def peak_gib(device):
+    """Most memory held so far: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def autocast(device, dtype):

@@ -105,17 +105,22 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, start=0):
-        """Causal attention of x [B, T, C] at positions start..start+T-1; `cache` = (k, v) [B, G, S, D] takes theirs."""
-        b, t, _ = x.shape
-        heads = self.wqkv(x).view(b, t, -1, self.head_dim)
+    def forward(self, x, cos, sin, hidden=None, cache=None, start=0, mask=None):
+        """Causal attention of x [B, T, C] at positions start..start+T-1; `cache` = (k, v) [B, G, S, D] takes theirs.
+
+        `hidden` [B] counts padding; with a cache, `mask` says the same.
+        """
+        qkv = self.wqkv(x)
+        if cache is None:
+            return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, hidden))
+        t = x.shape[1]
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # B, T, H or G, D
         q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # B, H, T, D
         v = v.transpose(1, 2)
-        if cache is not None:
-            for past, new in zip(cache, (k, v), strict=True):
-                past[:, :, start : start + t] = new
-            k, v = (past[:, :, : start + t] for past in cache)  # B, G, start + T, D
+        for past, new in zip(cache, (k, v), strict=True):
+            past[:, :, start : start + t] = new
+        k, v = (past[:, :, : start + t] for past in cache)  # B, G, start + T, D
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.n_kv_head < self.n_head
         )
@@ -258,10 +263,10 @@ class GPT(nn.Module):
         """The blocks over x [B, T, C] at positions start..; `hidden` [B] counts padding that only sees itself."""
         t = x.shape[1]
         cos, sin = self.cos[start : start + t], self.sin[start : start + t]
-        mask = None if hidden is None else causal_mask(hidden, start, t)
+        mask = None if hidden is None or cache is None else causal_mask(hidden, start, t)
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
-            x, residual = block(x, residual, cos, sin, mask, cache and (cache.k[i], cache.v[i]), start)
+            x, residual = block(x, residual, cos, sin, hidden, cache and (cache.k[i], cache.v[i]), start, mask)
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):

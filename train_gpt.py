@@ -153,7 +153,8 @@ def main():
         last = common.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
             row, dt_ms, since = means.pop(), timer() / (step - since), step
-            log.write(step=step, **row, lr=lr, dt_ms=dt_ms, tokens_per_s=1000 * tokens.numel() / dt_ms)
+            speed = dict(dt_ms=dt_ms, tokens_per_s=1000 * tokens.numel() / dt_ms, mem_gib=common.peak_gib(device))
+            log.write(step=step, **row, lr=lr, **speed)
             bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
         if last:
             break

@@ -208,7 +208,7 @@ def main():
             usage, perplexity = map(float, usage_and_perplexity(model.quantize.window_counts()))
             row, dt_ms, since = means.pop(), timer() / (step - since), step
             log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
-                      images_per_s=1000 * args.batch_size / dt_ms)  # fmt: skip
+                      images_per_s=1000 * args.batch_size / dt_ms, mem_gib=common.peak_gib(device))  # fmt: skip
             bar.set_postfix(loss=f"{row['loss']:.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
         if last:
             break

@@ -118,8 +118,9 @@ def _find_obstacle(device_type: str, index: int | None) -> str:
 
 from .codebook import code_usage, nearest_code  # noqa: E402 - the operations read the switch above
 from .rms_norm import rms_norm  # noqa: E402
+from .rope_attention import rope_attention  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
 
-__all__ = ["code_usage", "nearest_code", "rms_norm", "swiglu", "use", "use_triton"]
+__all__ = ["code_usage", "nearest_code", "rms_norm", "rope_attention", "swiglu", "use", "use_triton"]
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

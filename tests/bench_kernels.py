@@ -27,8 +27,8 @@ import test_compile  # noqa: E402 - needs the path above
 
 import kernels  # noqa: E402
 
-codebook, rms_norm_file, swiglu_file = (
-    importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu")
+codebook, rms_norm_file, swiglu_file, rope_file = (
+    importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu", "rope_attention")
 )
 DEVICE = "cuda"
 TOKENS = 65536
@@ -36,6 +36,9 @@ SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 # by (D, l2), on sm_90: half-rate instructions per pair and executed depth, from tests/test_compile.py; instructions of
 # a warp that one vector's rescan costs, from a simulation on random codes
 SEARCH = {(8, True): (1.50, 32, 67), (256, False): (6.97, 768, 1090)}
+# by padded head and whether keys are turned inside: instructions per score of fwd, dq, dkv on sm_90, without padding
+ATTENTION = {(64, True): (11.0, 10.6, 12.4), (64, False): (8.2, 8.1, 9.8), (128, False): (12.1, 15.3, 17.3)}
+RIVALS = ("flash", "cudnn", "efficient", "flex")
 
 
 @dataclasses.dataclass
@@ -61,18 +64,37 @@ class Case:
     bytes: float = 0
     flops: float = 0
     search: tuple = ()  # (N, K, D, l2)
+    attention: tuple = ()  # (B, T, H, D)
+    rivals: dict = dataclasses.field(default_factory=dict)  # more contenders, by a name of RIVALS
     tolerance: float = 2e-2
 
     def floor_ms(self, top):
         return 1e3 * max(self.bytes / top.copy, self.flops / top.matmul)
 
     def predicted_ms(self, top):
+        if self.attention:
+            return self.predicted_attention_ms(top)
         if not self.search:
             return self.floor_ms(top) / (SHARE_BWD if "bwd" in self.direction else SHARE_FWD)
         N, K, D, l2 = self.search  # maxima and tensor cores one after the other; FMNMX issues every second cycle
         half, depth, rescan = SEARCH[D, l2]
         issue = top.multiprocessors * 4 * top.clock
         return 1e3 * (N * K * half * 2 / 32 / issue + 2 * N * K * depth / top.matmul + N * rescan / issue)
+
+    def predicted_attention_ms(self, top):
+        """Memory, or tensor cores and other instructions one after the other, and the pass that turns keys before."""
+        B, T, H, D = self.attention
+        wide, inside = 64 if D <= 64 else 128, rope_file.rotates_inside(T, D, 1, False, "sm_90")
+        scores = B * H * T * (T + 128) / 2  # blocks on the diagonal are computed whole
+        counts, products = ATTENTION[wide, inside], (4, 6, 8)
+        parts = {"fwd": (0,), "bwd": (1, 2), "fwd+bwd": (0, 1, 2)}[self.direction]
+        ms = sum(
+            1e3 * scores * (counts[i] / 32 / (top.multiprocessors * 4 * top.clock) + products[i] * wide / top.matmul)
+            for i in parts
+        )
+        turned = {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[self.direction] * (not inside)  # k; q and k
+        pass_ms = 1e3 * turned * 4 * B * T * H * D / top.copy / SHARE_BWD
+        return max(ms, 1e3 * self.bytes / top.copy / SHARE_BWD) + pass_ms
 
 
 def rms_cases():
@@ -140,8 +162,61 @@ def search_cases():
         )  # fmt: skip
 
 
+def with_backend(name, fn):
+    """fn compiled, with one backend of scaled_dot_product_attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend, compiled = getattr(SDPBackend, f"{name.upper()}_ATTENTION"), torch.compile(fn)
+
+    def call(*inputs):
+        with sdpa_kernel(backend):
+            return compiled(*inputs)
+
+    return call
+
+
+def attention_cases():
+    for D, H, B in ((64, 16, 64), (100, 32, 32)):
+        for T in (256, 576, 1024):
+            yield from attention_case(B, T, H, D)
+
+
+def attention_case(B, T, H, D):
+    where = {}  # the table of angles and the block mask, made with the inputs
+
+    def make():
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        angles = torch.outer(torch.arange(T, device=DEVICE), 10000.0 ** (-torch.arange(0, 1, 2 / D, device=DEVICE)))
+        where["table"] = angles.cos(), angles.sin()
+        where["mask"] = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=DEVICE)
+        qkv = torch.randn(B, T, 3 * H * D, device=DEVICE, dtype=torch.bfloat16)
+        return [qkv], [torch.randn(B, T, H * D, device=DEVICE, dtype=torch.bfloat16)]
+
+    def ours(qkv):
+        return kernels.rope_attention(qkv, *where["table"], H)
+
+    def sdpa(qkv):
+        return rope_file._rope_attention_sdpa(qkv, *where["table"], H, H, None)
+
+    def flex(qkv):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        heads = rope_file._heads(qkv, *where["table"], H, H)
+        return flex_attention(*heads, block_mask=where["mask"]).transpose(1, 2).flatten(2)
+
+    rivals = {name: functools.partial(with_backend, name, sdpa) for name in RIVALS[:3]}
+    rivals["flex"] = functools.partial(torch.compile, flex)
+    size, scores = B * T * H * D, B * H * T * (T + 1) / 2
+    for direction, passes, products in (("fwd", 4, 4), ("bwd", 8, 10), ("fwd+bwd", 12, 14)):
+        yield Case(
+            "rope_attention", f"{B}x{T}x{H}x{D}", "bfloat16", direction, make, ours, sdpa, None,
+            passes * size * 2, products * scores * D, attention=(B, T, H, D), rivals=rivals,
+        )  # fmt: skip
+
+
 def cases():
-    return [*search_cases(), *rms_cases(), *swiglu_cases()]
+    return [*search_cases(), *rms_cases(), *swiglu_cases(), *attention_cases()]
 
 
 def measure_ceilings():
@@ -156,10 +231,12 @@ def measure_ceilings():
 
 
 def step(fn, inputs, upstream, direction):
-    """What is timed: the forward pass, or one backward pass of a kept graph."""
+    """What is timed: the forward pass, one backward pass of a kept graph, or both."""
     if direction == "fwd":
         return torch.no_grad()(lambda: fn(*inputs))
     inputs = [x.detach().requires_grad_() for x in inputs]
+    if direction == "fwd+bwd":
+        return lambda: torch.autograd.grad(fn(*inputs), inputs, upstream)
     outputs = fn(*inputs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
@@ -173,8 +250,8 @@ def check(case, inputs, upstream):
         true = (z @ codes.t() - (0 if case.search[3] else codes.square().sum(1) / 2)).argmax(1)
         assert torch.equal(got[:4096], true), f"{(got[:4096] != true).sum()} of 4096 differ from float64"
         return
-    part = [x[:4096] if len(x) == TOKENS else x for x in inputs]
-    fewer = upstream and [g[:4096] for g in upstream]
+    part = [x[:2] if case.attention else x[:4096] if len(x) == TOKENS else x for x in inputs]
+    fewer = upstream and [g[: 2 if case.attention else 4096] for g in upstream]
     got = step(case.ours, part, fewer, case.direction)()
     true = step(case.eager, [x.double() for x in part], fewer and [g.double() for g in fewer], case.direction)()
     for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (got, true)), strict=True):
@@ -182,7 +259,7 @@ def check(case, inputs, upstream):
 
 
 def time_one(fn, inputs, upstream, direction):
-    """p50, p20, p80 in ms and the peak memory in MiB above the inputs; None where it does not fit."""
+    """p50, p20, p80 in ms and the peak memory in MiB above the inputs; None where it does not run or fit."""
     from triton.testing import do_bench
 
     try:
@@ -195,7 +272,8 @@ def time_one(fn, inputs, upstream, direction):
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         return *do_bench(call, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8]), peak
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        print(f"  {type(error).__name__}: {str(error).splitlines()[0]}")
         return None
     finally:
         torch.cuda.empty_cache()
@@ -206,13 +284,16 @@ def measure(case, top, about):
     row = dict(op=case.op, shape=case.shape, dtype=case.dtype, direction=case.direction)
     row.update(predicted_ms=case.predicted_ms(top), floor_ms=case.floor_ms(top))
     check(case, inputs, upstream)
-    torch._dynamo.reset()
-    contenders = dict(ours=case.ours, eager=case.eager, compile=torch.compile(case.eager), library=case.library)
-    times = {name: time_one(fn, inputs, upstream, case.direction) for name, fn in contenders.items() if fn}
+    contenders = dict(ours=lambda: case.ours, eager=lambda: case.eager, compile=lambda: torch.compile(case.eager))
+    contenders |= dict(library=lambda: case.library) if case.library else {}
+    times = {}
+    for name, make in (contenders | case.rivals).items():
+        torch._dynamo.reset()  # what was compiled for one backend of attention is not for the next
+        times[name] = time_one(make(), inputs, upstream, case.direction)
     row.update(zip(("ours_ms", "p20_ms", "p80_ms", "peak_mib"), times["ours"], strict=True))
     row["share_of_floor"] = row["floor_ms"] / row["ours_ms"]
     row["gb_per_s"], row["tflop_per_s"] = case.bytes / row["ours_ms"] / 1e6, case.flops / row["ours_ms"] / 1e9
-    for name in ("eager", "compile", "library"):
+    for name in ("eager", "compile", "library", *RIVALS):
         ms, _, _, peak = times.get(name) or (None,) * 4
         row.update({f"{name}_ms": ms, f"{name}_peak_mib": peak, f"vs_{name}": ms and ms / row["ours_ms"]})
     return {**row, **about}

@@ -1,7 +1,7 @@
 """Every kernel and configuration that may be picked, compiled ahead of time for four GPUs; needs none of them.
 
 Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
-search. `python tests/test_compile.py` prints the table.
+search and in attention. `python tests/test_compile.py` prints the table.
 """
 
 import collections
@@ -28,6 +28,7 @@ CODE_DIMS = (8, 16, 32, 64, 128, 256)
 WIDTHS = (768, 1024, 1280, 1536, 3200, 8192)  # B, L, XL, XXL, 3B, and the widest supported
 HIDDEN = (2048, 2816, 3584, 4096, 8704)
 TOKENS, CODES = 65536, 16384
+HEADS = ((64, 16), (100, 32), (128, 32))  # channels of a head, heads: L, 3B, 7B
 
 
 class FakeDriver:
@@ -88,6 +89,30 @@ def cases(target):
         per = config["BLOCK_M"] * config["BLOCK_H"] / threads(config)
         yield f"swiglu fwd H={H}", swiglu._swiglu_fwd_kernel, (bf16, bf16, 2 * H, TOKENS, H), config, per, 1
         yield f"swiglu bwd H={H}", swiglu._swiglu_bwd_kernel, (bf16, bf16, bf16, H, 2 * H, TOKENS, H), config, per, 1
+    yield from attention_cases(target)
+
+
+def attention_cases(target):
+    """As `cases`: padded and with turned keys, or turning them inside; one grouped, one in float32."""
+    file, arch = importlib.import_module("kernels.rope_attention"), "hip" if target == "gfx942" else target
+    inside = [(64, 16, 1, "bfloat16", True)] if file.rotates_inside(256, 64, 1, False, arch) else []
+    usual = [(D, H, 1, "bfloat16", False) for D, H in HEADS]
+    for D, H, group, dtype, turn in [*usual, *inside, (64, 16, 4, "bfloat16", False), (128, 16, 1, "float32", False)]:
+        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "float32" if turn else "int32"
+        kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else ""
+        six, numbers = (dtype,) * 3 + (f32, f32, mark), (T * W, W) * 3 + (T, H, group)
+        for kernel, args in {
+            "fwd": (*six, dtype, f32, *numbers), "dq": (*six, dtype, dtype, f32, f32, dtype, T * W, W, *numbers),
+            "dkv": (*six, dtype, f32, f32, dtype, dtype, T * W, W, *numbers),
+        }.items():  # fmt: skip
+            config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, HIDDEN=not turn)
+            if kind not in ("grouped", f32) or kernel == ("dkv" if kind == "grouped" else "dq"):
+                per = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * TARGETS[target][2])
+                name = f"attention {kernel} D={D} {kind}".strip()
+                yield name, getattr(file, f"_rope_attention_{kernel}_kernel"), args, config, per, 1
+    args = ("bfloat16", "float32", "float32", "bfloat16", 3072 * 1024, 3072, 1024, 16)
+    config = dict(D=64, BLOCK_T=32, BLOCK_D=64, num_warps=4)
+    yield "rotate D=64", file._rotate_kernel, args, config, 32 * 64 / (4 * TARGETS[target][2]), 1
 
 
 def sass(cubin):
@@ -143,7 +168,9 @@ def compile_case(target, index):
         inner = smallest_loop(code, (MMA[target], 1))
         for _ in range(trips - 1 if inner.total() < hot.total() else 0):  # else unrolled
             hot = hot + inner
-    elif "rms_norm bwd" not in name:
+    elif name.startswith("attention") and every[MMA[target]]:
+        hot = smallest_loop(code, (MMA[target], 1), ("MUFU", 1))
+    elif not name.startswith(("rms_norm bwd", "attention", "rotate")):
         hot = every - collections.Counter(NOP=every["NOP"], BRA=every["BRA"])
     half = sum(hot[op] for op in ("FMNMX", "FMNMX3", "SEL", "FSETP", "ISETP", "VIADD", "LEA", "LOP3", "IADD3", "PLOP3"))
     row.update(registers=int(usage["REG"]), stack=int(usage["STACK"]), local=every["LDL"] + every["STL"])
@@ -185,7 +212,8 @@ def test_compile(capsys):
     assert not bad, f"spills:\n{show(bad)}"
     bad = [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]]
     assert not bad, f"too much shared memory:\n{show(bad)}"
-    bad = [row for row in rows if row["kernel"].startswith("nearest_code") and not row["mma"]]
+    products = [row for row in rows if row["kernel"].startswith(("nearest_code", "attention"))]
+    bad = [row for row in products if not row["mma"] and "float32" not in row["kernel"]]
     assert not bad, f"no tensor-core instructions:\n{show(bad)}"
 
 
