@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def cli(main):
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError where it is not there."""
+    """"auto", "cpu", "cuda", "cuda:1" -> torch.device; ValueError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -67,7 +68,7 @@ def add_training_options(parser, **defaults):
     run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
     run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
     run.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and dropout")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="autocast of the step")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU only)")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
@@ -94,7 +95,8 @@ def check_training_options(args):
     """ValueError for numbers that no run can have; fills in the micro batch."""
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
-    for name in ("max_steps", "batch_size", "micro_batch_size", "log_every", "eval_every", "max_minutes"):
+    positive = ("max_steps", "max_minutes", "batch_size", "micro_batch_size", "log_every", "eval_every", "eval_images")
+    for name in positive:
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} has to be above 0, not {getattr(args, name)}")
     for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip", "picture_every", "save_every"):
@@ -143,8 +145,12 @@ def update(model, optimizer, lr, clip):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model for the parameters; buffers are copied."""
+def update_ema(ema, model, decay, step):
+    """ema <- d * ema + (1 - d) * model for the parameters; buffers are copied.
+
+    d grows to `decay` as (1 + step) / (10 + step), so that a short run forgets its random start.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
@@ -174,7 +180,8 @@ def read_file(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen pickles its options along
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds for a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
@@ -184,7 +191,7 @@ def read_file(path):
 
 
 def read_weights(path):
-    """(state dict, config dict or None, whole file) of a file that this project or LlamaGen wrote.
+    """(state dict, config dict or None) of a file that this project or LlamaGen wrote.
 
     The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
     """
@@ -194,7 +201,9 @@ def read_weights(path):
     keys = ("ema", "model", "module", "state_dict")
     weights = next((content[k] for k in keys if isinstance(content.get(k), dict) and content[k]), content)
     weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-    return weights, content.get("config"), content
+    for prefix in ("module.", "_orig_mod."):  # of DDP and of torch.compile
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    return weights, content.get("config")
 
 
 def make_config(cls, fields, path):
@@ -219,7 +228,7 @@ def load_weights(model, weights, path):
 
 
 def load_state(path, parts, device):
-    """Fill models and optimizers {name: part} and the random generators from a state.pt; returns (step, seconds)."""
+    """Fill models, optimizers {name: part} and random generators from a state.pt; returns (step, seconds, data)."""
     state = read_file(path)
     try:
         for name, part in parts.items():
@@ -230,7 +239,24 @@ def load_state(path, parts, device):
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(f"{path} is of a run with other options ({' '.join(reason[:2])[:200]})") from None
-    return state["step"], state["elapsed"]
+    return state["step"], state["elapsed"], state.get("data", {})
+
+
+def check_finite(model, step):
+    """ValueError if a weight is not a finite number: such a model must not replace the last checkpoint."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise ValueError(f"the weights are not finite at step {step}: the last checkpoint stands, lower --lr")
+
+
+@contextmanager
+def evaluating(model):
+    """The model in eval mode, and as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def rng_state(device):

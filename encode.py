@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import autocast, cli, pick_device, pick_dtype
+from common import autocast, cli, pick_device
 from data import center_crop, check_batch, endless_positions, eval_batches, load_images, mirrored, ten_crop
 from vq import VQModel
 
@@ -155,11 +155,13 @@ class CodeFile:
         for first in range(0, len(self.codes), 4096):
             _check_range(f"the codes in {path}", self.codes[first:first + 4096], self.codebook_size)
 
-    def check(self, tokenizer_sha256=None):
-        """Raises ValueError where the codes are another tokenizer's."""
-        if tokenizer_sha256 is not None and tokenizer_sha256 != self.meta["tokenizer_sha256"]:
-            raise ValueError(f"{self.folder / 'meta.json'} names the tokenizer {self.meta['tokenizer']} "
-                             f"({self.meta['tokenizer_sha256'][:12]}), the one given is {tokenizer_sha256[:12]}")
+    def check(self, **expected):
+        """Raises ValueError where meta.json says otherwise: codes of another tokenizer, grid or set of classes."""
+        for name, value in expected.items():
+            if self.meta[name] != value:
+                found, wanted = (str(v)[:40] for v in (self.meta[name], value))
+                raise ValueError(f"{self.folder / 'meta.json'} (tokenizer {self.meta['tokenizer']}) has the {name} "
+                                 f"{found}, {wanted} is expected")
 
     def code_batch(self, step, batch_size, seed, rank=0, world=1):
         """(codes int64 [B/world, h*w], labels int64 [B/world]) of the endless sequence; depends on (seed, step) alone.
@@ -171,7 +173,8 @@ class CodeFile:
         views = [np.random.default_rng((seed, int(e), int(i))).integers(self.codes.shape[1])
                  for e, i in zip(epochs, indices, strict=True)]
         codes = torch.from_numpy(self.codes[indices, views].astype(np.int64))  # [B/world, h*w]
-        return codes, torch.from_numpy(self.labels[indices])
+        pair = codes, torch.from_numpy(self.labels[indices])
+        return tuple(x.pin_memory() for x in pair) if torch.cuda.is_available() else pair
 
 
 def options():
@@ -191,7 +194,7 @@ def options():
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
     run.add_argument("--seed", type=int, default=0, help="of random crops")
     run.add_argument("--device", default="auto")
-    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="the search is float32")
+    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 moves some codes")
     return parser.parse_args()
 
 
@@ -207,7 +210,7 @@ def choose_crops(args, flip):
     return (lambda img, size: [c for s in args.crop_scales for c in ten_crop(img, size, s)[: len(each)]]), names
 
 
-def encode_split(vq, split, args, size, device, dtype, tokenizer_sha256):
+def encode_split(vq, split, args, size, device, tokenizer_sha256):
     """Write OUT/split; returns the number of images."""
     image_set = load_images(args.data, split, size, args.val_data)
     image_set.flip = image_set.flip and args.flip
@@ -216,6 +219,7 @@ def encode_split(vq, split, args, size, device, dtype, tokenizer_sha256):
     meta = dict(
         tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256, image_size=[height, width], augmentations=names,
         class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
+        dtype=args.dtype, seed=args.seed,
     )  # fmt: skip
     grid, n_aug = (height // vq.config.factor, width // vq.config.factor), len(names)
     with CodeWriter(args.out / split, len(image_set), n_aug, grid, vq.config.codebook_size, meta) as writer:
@@ -223,7 +227,7 @@ def encode_split(vq, split, args, size, device, dtype, tokenizer_sha256):
         bar = tqdm(batches, desc=split, total=-(-len(image_set) // args.batch_size), unit="batch")
         for images, labels, _ in bar:
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
-            with autocast(device, dtype):
+            with autocast(device, args.dtype):
                 codes = torch.cat([vq.encode(part) for part in images.split(args.batch_size)])
             writer.write(codes.view(len(labels), n_aug, -1), labels)
         return writer.written
@@ -237,13 +241,12 @@ def main():
         raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
     size = args.size[0] if len(args.size) == 1 else tuple(args.size)
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
     vq = VQModel.from_pretrained(args.vq).to(device)
     sha = file_sha256(args.vq)
     start = time.perf_counter()
     images = {}
     for split in ("train", "val"):
-        images[split] = encode_split(vq, split, args, size, device, dtype, sha)
+        images[split] = encode_split(vq, split, args, size, device, sha)
     seconds = time.perf_counter() - start
     (args.out / "result.json").write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")

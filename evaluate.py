@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import kernels
 from common import cli, pick_device, save_grid, to_uint8
 from data import center_crop, load_images, to_tensor
 from encode import CodeFile
@@ -76,7 +77,7 @@ def digits(args):
     with torch.no_grad():
         rec = torch.cat([vq(part.to(device))[0].cpu() for part in val.split(64)])
     quality = reconstruction_psnr(val, rec)
-    counts = torch.bincount(torch.from_numpy(codes.codes[:].astype(np.int64)).flatten(), minlength=codes.codebook_size)
+    counts = kernels.code_usage(torch.from_numpy(codes.codes[:].astype(np.int64)), codes.codebook_size)
     usage, perplexity = map(float, usage_and_perplexity(counts))
 
     train_grey, val_grey = grey(to_uint8(train)), grey(to_uint8(val))

@@ -243,6 +243,11 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rope_table(self.config, self.config.grid), strict=True):
             self.register_buffer(name, table.to(device), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.set_grid(self.config.grid)  # half() and bfloat16() leave the rotation in float32
+        return self
+
     def embed_condition(self, cond, cond_mask):
         """Condition tokens [B, n_cond, C], and how many of them are padding, int64 [B], or None if none are."""
         if self.config.cond == "text" and cond.shape[1:] != (self.config.n_cond, self.config.text_dim):
@@ -310,7 +315,7 @@ class GPT(nn.Module):
         `changes` replaces fields of the config that no shape depends on (dropout, cond_dropout), for fine-tuning.
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
-        weights, config, _ = read_weights(path)
+        weights, config = read_weights(path)
         if "tok_embeddings.weight" not in weights:
             raise ValueError(f"{path}: not a GPT (it holds no tok_embeddings.weight)")
         if config is None and grid is None:

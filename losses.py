@@ -44,7 +44,7 @@ class LPIPS(nn.Module):
             with warnings.catch_warnings():  # lpips calls torchvision the old way
                 warnings.simplefilter("ignore", UserWarning)
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=random_weights, verbose=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network, or a broken download
             folder = os.path.join(torch.hub.get_dir(), "checkpoints")
             raise FileNotFoundError(
                 f"LPIPS needs VGG's weights: put {VGG_FILE} (528 MiB) from {VGG_URL} into {folder}, or train without "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, pick_device, read_file, save_grid, to_uint8
+from common import cli, evaluating, pick_device, read_file, save_grid, to_uint8
 from encode import file_sha256
 from gpt import GPT
 from vq import VQModel
@@ -90,8 +90,6 @@ def generate(
     """
     grid = tuple(grid or model.config.grid)
     check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy)
-    was_training = model.training
-    model.eval()
     batch, length = len(cond), grid[0] * grid[1]
     guided = length if cfg_stop < 0 else min(cfg_stop, length)  # codes drawn with guidance
     guided = 0 if cfg_scale == 1.0 else guided
@@ -100,21 +98,21 @@ def generate(
         cond_mask = None if cond_mask is None else cond_mask.repeat(2, 1)  # "no text" hides the same positions
     codes = torch.empty(batch, length, dtype=torch.long, device=model.output.weight.device)
     noise = None if greedy else uniforms(seed, first_index, batch, length).to(codes.device)
-    cache = model.new_cache(len(cond))
-    logits, hidden = model.prefill(cond, cond_mask, cache)
-    for i in tqdm(range(length), desc="codes", disable=not progress):
-        logits = guide(logits, cfg_scale) if i < guided else logits[:batch]
-        if greedy:
-            codes[:, i] = logits.argmax(-1)
-        else:
-            codes[:, i] = draw(keep_probable(logits / temperature, top_k, top_p), noise[:, i])
-        if i + 1 == guided:  # from the next code on, the conditional rows go on alone
-            cache.keep(batch)
-            hidden = None if hidden is None else hidden[:batch]
-        if i + 1 < length:
-            fed = codes[:, i].repeat(2) if i + 1 < guided else codes[:, i]
-            logits = model.step(fed, i, hidden, cache)
-    model.train(was_training)
+    with evaluating(model):
+        cache = model.new_cache(len(cond))
+        logits, hidden = model.prefill(cond, cond_mask, cache)
+        for i in tqdm(range(length), desc="codes", disable=not progress):
+            logits = guide(logits, cfg_scale) if i < guided else logits[:batch]
+            if greedy:
+                codes[:, i] = logits.argmax(-1)
+            else:
+                codes[:, i] = draw(keep_probable(logits / temperature, top_k, top_p), noise[:, i])
+            if i + 1 == guided:  # from the next code on, the conditional rows go on alone
+                cache.keep(batch)
+                hidden = None if hidden is None else hidden[:batch]
+            if i + 1 < length:
+                fed = codes[:, i].repeat(2) if i + 1 < guided else codes[:, i]
+                logits = model.step(fed, i, hidden, cache)
     return codes.view(batch, *grid)
 
 

@@ -1,7 +1,7 @@
 """Stage 2: train the GPT on codes that encode.py wrote.
 
     python train_gpt.py --preset tiny --codes out/codes --lr 3e-3 --schedule cosine --max-steps 600 --out out/gpt
-    python train_gpt.py --preset B --codes codes --batch-size 256 --ema 0.9999 --out out/gpt_B    # LlamaGen's recipe
+    python train_gpt.py --preset B --codes codes --max-steps 1500000 --out out/gpt_B    # LlamaGen's recipe
 """
 
 import argparse
@@ -18,6 +18,8 @@ from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint
 from vq import VQModel
+
+SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names")  # of training and held-out codes, and on resuming
 
 
 def options():
@@ -70,14 +72,13 @@ def open_tokenizer(args, codes, device):
 @torch.no_grad()
 def evaluate(model, codes, args, device):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
-    model.eval()
     total, n = 0.0, min(args.eval_images, len(codes))
     order = torch.arange(n) * len(codes) // n
     for part in order.split(args.micro_batch_size):
         tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
         labels = torch.from_numpy(codes.labels[part.numpy()]).to(device)
-        total += len(part) * model(tokens[:, :-1], labels, targets=tokens)[1]
-    model.train()
+        with common.evaluating(model):
+            total += len(part) * model(tokens[:, :-1], labels, targets=tokens)[1]
     return float(total) / n
 
 
@@ -98,7 +99,7 @@ def main():
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
-    val_codes.check(tokenizer_sha256=codes.meta["tokenizer_sha256"])
+    val_codes.check(**{name: codes.meta[name] for name in SAME})
     vq = open_tokenizer(args, codes, device)
 
     model = build_model(args, codes).to(device).train()
@@ -109,7 +110,8 @@ def main():
 
     start_step, elapsed = 0, 0.0
     if args.resume:
-        start_step, elapsed = common.load_state(args.out / "state.pt", parts, device)
+        start_step, elapsed, trained_on = common.load_state(args.out / "state.pt", parts, device)
+        codes.check(**trained_on)
     compile_model = args.compile if args.compile is not None else device.type == "cuda"
     run_model = torch.compile(model) if compile_model else model
     best = ema or model  # what is evaluated, sampled and saved
@@ -123,12 +125,15 @@ def main():
     sample_labels = torch.arange(64) * len(codes.class_names) // 64  # fixed, and so are the seeds
 
     def save(step):
+        common.check_finite(model, step)
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=common.rng_state(device)))
+        state |= dict(data={name: codes.meta[name] for name in SAME}, rng=common.rng_state(device))
+        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed))
         common.save_file(args.out / "gpt.pt", dict(best.checkpoint(), codes=codes.meta, step=step))
 
     def picture(name):
-        images, _ = paint(vq, best, sample_labels.to(device), cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
+        how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
+        images, _ = paint(vq, best, sample_labels.to(device), **how)
         names = [codes.class_names[i] for i in sample_labels]
         common.save_grid(args.out / name, images, 8, names, notice=codes.meta["notice"])
 
@@ -145,7 +150,7 @@ def main():
             means.add(len(part) / len(tokens), loss=loss)
         means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
         if ema:
-            common.update_ema(ema, model, args.ema)
+            common.update_ema(ema, model, args.ema, step)
 
         step += 1
         bar.update()

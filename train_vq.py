@@ -79,36 +79,39 @@ def build_model(args):
 @torch.no_grad()
 def evaluate(model, lpips, val_set, args, device):
     """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
-    model.eval()
     loss, quality, n = 0.0, 0.0, 0
     for images, _, _ in eval_batches(val_set, args.size, args.micro_batch_size, limit=args.eval_images):
         images = images.to(device)
-        rec, _, _ = model(images)
+        with common.evaluating(model):
+            rec, _, _ = model(images)
         loss += len(images) * (F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0))
         quality += reconstruction_psnr(images, rec).sum()
         n += len(images)
-    model.train()
     return {"val_loss": float(loss) / n, "val_psnr": float(quality) / n}
 
 
 @torch.no_grad()
 def picture(model, val_set, size, device, path):
     """Held-out images above their reconstructions, the same eight each time."""
-    model.eval()
     images, _, _ = next(eval_batches(val_set, size, 8, limit=8))
-    rec, _, _ = model(images.to(device))
+    with common.evaluating(model):
+        rec, _, _ = model(images.to(device))
     common.save_grid(path, common.to_uint8(torch.cat([images, rec.cpu()])), columns=len(images), notice=val_set.notice)
-    model.train()
+
+
+def features(model, images, args, dtype):
+    """Encoder outputs [N, D] of images, in micro batches."""
+    with common.autocast(images.device, dtype), common.evaluating(model):
+        return torch.cat([model.features(part) for part in images.split(args.micro_batch_size)])
 
 
 def first_features(model, train_set, args, device, dtype, per_code=32):
     """Encoder outputs [N, D] of the first batches, at least `per_code` a code where 64 batches hold that many."""
-    batches, features, want = image_batches(train_set, args.size, args.batch_size, args.seed), [], 1
-    while len(features) < min(want, 64):
-        with common.autocast(device, dtype):
-            features.append(model.features(next(batches)[0].to(device)))
-        want = -(-per_code * model.config.codebook_size // len(features[0]))
-    return torch.cat(features)
+    batches, parts, want = image_batches(train_set, args.size, args.batch_size, args.seed), [], 1
+    while len(parts) < min(want, 64):
+        parts.append(features(model, next(batches)[0].to(device), args, dtype))
+        want = -(-per_code * model.config.codebook_size // len(parts[0]))
+    return torch.cat(parts)
 
 
 def main():
@@ -135,7 +138,7 @@ def main():
 
     start_step, elapsed = 0, 0.0
     if args.resume:
-        start_step, elapsed = common.load_state(args.out / "state.pt", parts, device)
+        start_step, elapsed, _ = common.load_state(args.out / "state.pt", parts, device)
     compile_model = device.type == "cuda" and not args.adaptive_disc_weight if args.compile is None else args.compile
     run_model = torch.compile(model) if compile_model else model
     best = ema or model  # what is evaluated, drawn and saved
@@ -145,6 +148,7 @@ def main():
     print(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, {device} {dtype}")
 
     def save(step):
+        common.check_finite(model, step)
         state = {name: part.state_dict() for name, part in parts.items()}
         common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=common.rng_state(device)))
         common.save_file(args.out / "vq.pt", dict(best.checkpoint(), step=step))
@@ -155,11 +159,12 @@ def main():
     while (progress := common.progress(args, step, elapsed)) < 1:
         lr = common.learning_rate(args, step, progress)
         images = next(batches)[0].to(device, memory_format=torch.channels_last, non_blocking=True)
-        if step == args.kmeans_step > 0:
+        moved = step == args.kmeans_step > 0
+        if moved:
             model.quantize.init_kmeans(first_features(model, train_set, args, device, dtype))
         if args.restart_every and step > args.kmeans_step and step % args.restart_every == 0:
-            with common.autocast(device, dtype):
-                model.quantize.restart_dead_codes(model.features(images))
+            moved = True
+            model.quantize.restart_dead_codes(features(model, images, args, dtype))
 
         # The tokenizer: pixels, perception, codebook, and from disc_start on the critic's opinion.
         adversarial = disc is not None and step >= args.disc_start
@@ -172,7 +177,8 @@ def main():
                 if lpips:
                     losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
                 if adversarial:
-                    g_loss = g_loss_fn(disc.requires_grad_(False)(rec).float())
+                    disc.requires_grad_(False)  # until its own step below
+                    g_loss = g_loss_fn(disc(rec).float())
             if adversarial:
                 weight = args.disc_weight
                 if args.adaptive_disc_weight:
@@ -185,7 +191,9 @@ def main():
             means.add(share, loss=loss, **losses)
         means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
         if ema:
-            common.update_ema(ema, model, args.ema)
+            common.update_ema(ema, model, args.ema, step)
+            if moved:  # an average of two places is no code
+                ema.quantize.set_codes(model.quantize.embedding.weight)
 
         # The critic, which starts earlier so that it knows something when it is first asked.
         if disc is not None and step >= args.disc_start - args.disc_warmup:

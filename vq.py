@@ -213,8 +213,8 @@ class Quantizer(nn.Module):
     def init_kmeans(self, z, iterations=10):
         """Set the codes to the centres of Lloyd's algorithm on encoder outputs z [N, D]; empty ones are redrawn."""
         k = self.config.codebook_size
-        if len(z) == 0:
-            raise ValueError("k-means needs at least one vector")
+        if len(z) < k:
+            raise ValueError(f"k-means needs as many encoder outputs as there are codes: {len(z)} for {k}")
         centres = sample_rows(z, k)
         for _ in range(iterations):
             codes = kernels.nearest_code(z, centres, l2=self.config.l2_norm)
@@ -225,9 +225,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, z):
-        """Move every code that the window does not hold onto a random encoder output out of z [N, D]."""
-        dead = (self.window_counts() == 0).unsqueeze(1)
-        self.set_codes(torch.where(dead, sample_rows(z, self.config.codebook_size), self.embedding.weight))
+        """Move codes that the window does not hold onto random encoder outputs out of z [N, D], at most N of them."""
+        dead = self.window_counts() == 0
+        place = dead.cumsum(0) - 1  # each takes a vector of its own
+        move = (dead & (place < len(z))).unsqueeze(1)
+        fresh = sample_rows(z, len(z))[place.clamp(0, len(z) - 1)]
+        self.set_codes(torch.where(move, fresh, self.embedding.weight))
 
     def set_codes(self, codes):
         self.embedding.weight.copy_(codes)
@@ -236,9 +239,8 @@ class Quantizer(nn.Module):
 
 
 def sample_rows(z, n):
-    """n random rows of z [N, D]: all different where N allows it."""
-    order = torch.cat([torch.randperm(len(z), device=z.device) for _ in range(math.ceil(n / len(z)))])
-    return z[order[:n]]
+    """n <= N random rows of z [N, D], all different."""
+    return z[torch.randperm(len(z), device=z.device)[:n]]
 
 
 def entropy_loss(z, codebook, temperature=0.01):
@@ -313,7 +315,7 @@ class VQModel(nn.Module):
         `changes` replaces fields of the config that no shape depends on (dropout, beta, ...), for fine-tuning.
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
-        weights, config, _ = read_weights(path)
+        weights, config = read_weights(path)
         if "quantize.embedding.weight" not in weights:
             raise ValueError(f"{path}: not an image tokenizer (it holds no quantize.embedding.weight)")
         config = replace(make_config(VQConfig, config, path) if config else infer_config(weights, path), **changes)

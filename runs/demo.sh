@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to painted digits: tokenizer, codes, GPT, samples and their scores in out/demo.
-# Two CPU cores: about 3 minutes. PYTHON names the interpreter.
+# One CPU core: about 4 minutes. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

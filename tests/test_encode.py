@@ -68,11 +68,11 @@ def edit_meta(folder, **changes):
     (lambda f: edit_meta(f, grid=[4, 4]), "4 x 4 codes"),
     (lambda f: edit_meta(f, version=2), "version 2"),
     (lambda f: edit_meta(f, tokenizer_sha256=None), "lacks tokenizer_sha256"),
-    (lambda f: CodeFile(f).check("cd" * 32), "names the tokenizer vq.pt"),
+    (lambda f: CodeFile(f).check(tokenizer_sha256="cd" * 32), "tokenizer vq.pt. has the tokenizer_sha256"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_code_files_refuse_what_does_not_match(tmp_path, damage, message):
     write_codes(tmp_path)
-    CodeFile(tmp_path).check("ab" * 32)
+    CodeFile(tmp_path).check(tokenizer_sha256="ab" * 32)
     with pytest.raises(ValueError, match=message):
         damage(tmp_path)
         CodeFile(tmp_path)

@@ -395,3 +395,12 @@ def test_published_files_do_not_tell_their_grid(tmp_path):
     torch.save(small(dim=128).state_dict(), tmp_path / "gpt.pt")
     with pytest.raises(ValueError, match=r"does not tell its grid.*\(16, 16\) for 256 pixels"):
         GPT.from_pretrained(tmp_path / "gpt.pt")
+
+
+def test_rotation_stays_float32_in_bfloat16_models():
+    model = GPT(GPTConfig(**PRESETS["tiny"], vocab_size=16, num_classes=2, grid=(3, 5)))
+    cos, sin = model.cos.clone(), model.sin.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model.cos, cos) and torch.equal(model.sin, sin)
+    tokens = torch.randint(16, (2, 7))
+    assert model(tokens, torch.tensor([0, 1]))[0].isfinite().all()

@@ -109,7 +109,7 @@ def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and len(series(rows, "val_loss")) == 3
     assert set(steps[0]) == {"step", "loss", "mse", "codebook", "commitment", "entropy", "grad_norm", "lr", "usage",
-                             "perplexity", "dt_ms", "images_per_s"}  # fmt: skip
+                             "perplexity", "dt_ms", "images_per_s", "mem_gib"}  # fmt: skip
     for row in steps:
         parts = sum(row[name] for name in ("mse", "codebook", "commitment", "entropy"))
         assert math.isclose(row["loss"], parts, rel_tol=1e-4) and row["lr"] == 2e-3 and 0 < row["usage"] <= 1
@@ -129,7 +129,8 @@ def test_run_folder_of_the_gpt(codes, tmp_path, monkeypatch):
         "codes.png", "config.json", "gpt.pt", "log.jsonl", "loss.png", "result.json", "samples.png",
         "samples_000002.png", "samples_000004.png", "state.pt"]  # fmt: skip
     steps = [row for row in rows if "loss" in row]
-    assert set(steps[0]) == {"step", "loss", "grad_norm", "lr", "dt_ms", "tokens_per_s"} and len(steps) == 5
+    assert set(steps[0]) == {"step", "loss", "grad_norm", "lr", "dt_ms", "tokens_per_s", "mem_gib"}
+    assert len(steps) == 5
     assert math.isclose(steps[0]["loss"], math.log(32), rel_tol=1e-5)
     assert series(rows, "val_loss")[-1] == pytest.approx(json.loads((tmp_path / "result.json").read_text())["val_loss"])
     model = GPT.from_pretrained(tmp_path / "gpt.pt")
@@ -261,7 +262,7 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
     revive()
     assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 4
     resumed = run(script, monkeypatch, tmp_path / "cut", *options, "--resume")
-    timing = ("dt_ms", "images_per_s", "tokens_per_s")
+    timing = ("dt_ms", "images_per_s", "tokens_per_s", "mem_gib")
     assert [{k: v for k, v in row.items() if k not in timing} for row in rows] == [
         {k: v for k, v in row.items() if k not in timing} for row in resumed]  # fmt: skip
     for path in (file, "state.pt"):
@@ -357,7 +358,7 @@ def test_codes_of_another_tokenizer_are_refused(codes, tmp_path, monkeypatch):
     torch.manual_seed(123)
     save_file(tmp_path / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
     options = gpt_options(codes, "--max-steps", 1)
-    with pytest.raises(ValueError, match="names the tokenizer .*vq.pt"):
+    with pytest.raises(ValueError, match="vq.pt. has the tokenizer_sha256"):
         run(train_gpt, monkeypatch, tmp_path / "a", *options, "--vq", tmp_path / "vq.pt")
     with pytest.raises(FileNotFoundError, match="is not there: give it with --vq"):
         run(train_gpt, monkeypatch, tmp_path / "a", *options, "--vq", tmp_path / "none.pt")
@@ -367,7 +368,7 @@ def test_codes_of_another_tokenizer_are_refused(codes, tmp_path, monkeypatch):
         for file in (codes / split).iterdir():
             (tmp_path / "mixed" / split / file.name).write_bytes(file.read_bytes())
     (tmp_path / "mixed" / "val" / "meta.json").write_text(json.dumps(meta | dict(tokenizer_sha256="ab" * 32)))
-    with pytest.raises(ValueError, match="val/meta.json names the tokenizer"):
+    with pytest.raises(ValueError, match="val/meta.json .* has the tokenizer_sha256"):
         run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(tmp_path / "mixed", "--max-steps", 1))
     assert not (tmp_path / "a").exists()
 
@@ -449,8 +450,10 @@ def test_average_of_weights():
     ema, model = (torch.nn.BatchNorm1d(3) for _ in range(2))
     torch.nn.init.normal_(model.weight)
     model.running_mean += 5
-    common.update_ema(ema, model, 0.9)
+    common.update_ema(ema, model, 0.9, step=10**6)
     torch.testing.assert_close(ema.weight, 0.9 + 0.1 * model.weight)
+    common.update_ema(ema, model, 0.9, step=0)  # 1/10: the start is soon forgotten
+    torch.testing.assert_close(ema.weight, 0.1 * (0.9 + 0.1 * model.weight) + 0.9 * model.weight)
     assert torch.equal(ema.running_mean, model.running_mean)
 
 
@@ -493,3 +496,27 @@ def test_help_names_units_and_defaults(monkeypatch, capsys):
 
 def test_presets_of_the_scripts_are_those_of_the_models():
     assert train_vq.PRESETS is vq.PRESETS and {"B", "L", "XL", "XXL", "3B"} < set(train_gpt.PRESETS)
+
+
+def test_codes_of_the_average_move_with_the_model(tmp_path, monkeypatch):
+    run(train_vq, monkeypatch, tmp_path, "--data", "digits", "--size", 32, "--perceptual-weight", 0, "--disc-weight", 0,
+        "--batch-size", 8, "--max-steps", 3, "--kmeans-step", 2, "--ema", 0.999, "--lr", 1e-9)  # fmt: skip
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    name = "quantize.embedding.weight"
+    torch.testing.assert_close(state["ema"][name], state["model"][name])
+
+
+def test_resuming_refuses_other_codes(codes, tmp_path, monkeypatch):
+    run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 1))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["data"]["tokenizer_sha256"] = "ab" * 32
+    save_file(tmp_path / "state.pt", state)
+    with pytest.raises(ValueError, match="has the tokenizer_sha256"):
+        run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 2, "--resume"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(codes, tmp_path, monkeypatch):
+    options = gpt_options(codes, "--lr", 1e30, "--log-every", 50, "--save-every", 1, "--max-steps", 8)
+    with pytest.raises(ValueError, match="the last checkpoint stands"):
+        run(train_gpt, monkeypatch, tmp_path, *options)
+    assert torch.load(tmp_path / "gpt.pt", weights_only=True)["model"]["output.weight"].isfinite().all()

@@ -236,12 +236,14 @@ def test_kmeans_lowers_distortion():
     assert len(book.search(z).unique()) > 28
 
 
-def test_kmeans_with_fewer_vectors_than_codes():
-    book, z = quantizer(), F.normalize(torch.randn(5, 4), dim=1)
-    book.init_kmeans(z)
-    assert distortion(book, z) < 1e-10
-    with pytest.raises(ValueError, match="at least one"):
-        book.init_kmeans(z[:0])
+def test_fewer_vectors_than_codes_give_no_equal_codes():
+    book, z = quantizer(usage_window=100), F.normalize(torch.randn(5, 4), dim=1)
+    with pytest.raises(ValueError, match="5 for 32"):
+        book.init_kmeans(z)
+    before = book.embedding.weight.detach().clone()
+    book.restart_dead_codes(z)  # all 32 are dead
+    assert (book.embedding.weight != before).any(1).sum() == 5
+    assert distortion(book, z) < 1e-10 and len(book.embedding.weight.unique(dim=0)) == 32
 
 
 def test_restart_moves_dead_codes_only():
