@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# -- command line ---------------------------------------------------------------------------------------------------
-
 
 def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
@@ -108,9 +106,6 @@ def check_training_options(args):
         raise ValueError(f"--ema {args.ema} is not in [0, 1)")
 
 
-# -- optimisation ---------------------------------------------------------------------------------------------------
-
-
 def make_optimizer(model, args, device):
     """AdamW with weight decay on tensors of two or more dimensions only (matrices, kernels, tables)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -154,9 +149,6 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
-
-
-# -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def save_file(path, content):
@@ -268,9 +260,6 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-# -- the run folder -------------------------------------------------------------------------------------------------
 
 
 class RunLog:
