@@ -193,14 +193,16 @@ def launch_config(D, async_mma=True):
     """Constants by code dimension; groups of BLOCK_K / SLOTS codes are smaller where codes are wider to rescan.
 
     async_mma: the tensor cores read shared memory (sm_90 on), which leaves registers for chunks of depth 32, not 16.
-    MARGIN bounds, relative to |z| max|e|, how far apart two scores can be pushed: 2 (depth + 8) truncations at 2^-23.
+    MARGIN bounds, relative to |z| max|e|, how far apart two scores can be pushed: each by 2^-23 per truncation. A
+    product of depth 16 truncates 17 terms (its own and the sum so far) and the result: 18. D <= 8 takes 2 of them,
+    wider codes 3 per 16 channels, so 54 / 16 = 27 / 8 per channel; 4 and 8 more are for what the split leaves out.
     """
     config = dict(BLOCK_M=128, BLOCK_K=128, RESCAN_G=4, RESCAN_D=8, num_warps=8)
     if D <= 8:
         return dict(config, PART=8, BLOCK_D=16, SLOTS=4, PAIR=2, MARGIN=40 * 2.0**-22)
     part = max(16, triton.next_power_of_2(D))
     block_d, slots = (part, 8) if part <= 32 else (32 if async_mma else 16, 16)
-    return dict(config, PART=part, BLOCK_D=block_d, SLOTS=slots, PAIR=1, MARGIN=(3 * part + 8) * 2.0**-22)
+    return dict(config, PART=part, BLOCK_D=block_d, SLOTS=slots, PAIR=1, MARGIN=(27 * part // 8 + 8) * 2.0**-22)
 
 
 def _nearest_code_triton(z, codebook, l2):

@@ -1,7 +1,9 @@
 """RMSNorm, and the residual add before it in the same pass: s = residual + x, y = s / sqrt(mean(s^2) + eps) * weight.
 
-Bytes per element: forward 2 passes (read x, write y), with the residual 4, backward 3 (read dy and s, write dx; one
-more where the sum has a gradient of its own). FLOPs: about 4 forward and 10 backward per element: bound by memory.
+Bytes per element in training, x in bfloat16 and the stream in float32: forward 12 (read x 2 and residual 4, write s 4
+and y 2), backward 16 (read dy 2, s 4 and ds 4, write the gradient in both dtypes, 4 + 2), 12 for the last sum, which
+has no ds. In one dtype: forward 2 passes (x, y), with the residual 4; backward 3 (dy, s, dx), with ds 4.
+FLOPs: about 4 forward and 10 backward per element: bound by memory.
 Statistics are float32 and the cast to the input dtype comes before the weight, as the published weights expect.
 The sum has the residual's dtype, whatever the branch x was computed in: a float32 stream under autocast stays float32
 through all blocks. y has the dtype of x. The statistics are those of the rounded sum, which the backward reads again.
@@ -50,9 +52,10 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    dy_ptr, ds_ptr, s_ptr, weight_ptr, dx_ptr, dweight_ptr, stride_dym, stride_dsm, stride_sm, M, W, eps,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    dy_ptr, ds_ptr, s_ptr, weight_ptr, dx_ptr, dbranch_ptr, dweight_ptr, stride_dym, stride_dsm, stride_sm, M, W, eps,
+    ADD: tl.constexpr, BOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    """dx in the dtype of the stream; BOTH: also in that of the branch, which saves reading it again for a cast."""
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     mask_w = offs_w < W
     weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(dy_ptr.dtype.element_ty).to(tl.float32)
@@ -70,6 +73,8 @@ def _rms_norm_bwd_kernel(
         if ADD:
             dx += tl.load(ds_ptr + offs_m * stride_dsm + offs_w, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offs_m * W + offs_w, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if BOTH:
+            tl.store(dbranch_ptr + offs_m * W + offs_w, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
     dweight_ptrs = dweight_ptr + tl.program_id(0).to(tl.int64) * W + offs_w
     tl.store(dweight_ptrs, tl.sum(dweight, axis=0, keep_dims=True), mask=mask_w)
 
@@ -109,24 +114,28 @@ def _add_rms_norm(
 
 @torch.library.custom_op("nanollamagen::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
-    dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, eps: float, x_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the sum in its dtype, the same in the dtype of x (empty where they are equal), that of the weight."""
+    both = x_dtype != s.dtype
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dbranch = torch.empty(s.shape if both else 0, dtype=x_dtype, device=s.device)
     if not s.numel():
-        return dx, torch.zeros_like(weight)
+        return dx, dbranch, torch.zeros_like(weight)
     config, dys, rows = launch_config(s.shape[-1], backward=True), rows_of(dy), rows_of(s)
     dss = dys if ds is None else rows_of(ds)
     M, W = rows.shape
-    # 4 programs of 128 threads stay resident on a multiprocessor at up to 128 registers
-    most = 4 * torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
+    # 16 warps stay resident on a multiprocessor at up to 128 registers: 4 programs up to a width of 2048, 1 at 8192
+    resident = 16 // config["num_warps"]
+    most = resident * torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
     programs = min(triton.cdiv(M, config["BLOCK_M"]), most)
     partial = torch.empty(programs, W, dtype=torch.float32, device=s.device)
     with on_device(s):
         _rms_norm_bwd_kernel[programs,](
-            dys, dss, rows, weight.contiguous(), dx, partial,
-            dys.stride(0), dss.stride(0), rows.stride(0), M, W, eps, ADD=ds is not None, **config,
+            dys, dss, rows, weight.contiguous(), dx, dbranch if both else dx, partial,
+            dys.stride(0), dss.stride(0), rows.stride(0), M, W, eps, ADD=ds is not None, BOTH=both, **config,
         )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, dbranch, partial.sum(0).to(weight.dtype)
 
 
 @_rms_norm.register_fake
@@ -140,8 +149,9 @@ def _(x, weight, eps, residual):
 
 
 @_rms_norm_backward.register_fake
-def _(dy, ds, s, weight, eps):
-    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+def _(dy, ds, s, weight, eps, x_dtype):
+    dbranch = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
+    return s.new_empty(s.shape), dbranch, weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
@@ -155,8 +165,8 @@ def _rms_norm_autograd(ctx, dy, ds=None):
     s, weight = ctx.saved_tensors
     if dy is None:
         return None if ds is None else ds.to(ctx.x_dtype), None, None, ds
-    dx, dweight = _rms_norm_backward(dy, ds, s, weight, ctx.eps)
-    return dx.to(ctx.x_dtype), dweight, None, dx
+    dx, dbranch, dweight = _rms_norm_backward(dy, ds, s, weight, ctx.eps, ctx.x_dtype)
+    return dx if ctx.x_dtype == s.dtype else dbranch, dweight, None, dx
 
 
 _rms_norm.register_autograd(lambda ctx, dy: _rms_norm_autograd(ctx, dy)[:3], setup_context=_save)

@@ -21,11 +21,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 TILES = {  # BLOCK_M, BLOCK_N, warps, stages: the largest that do not spill; by kernel and padded head, and architecture
     ("fwd", 64): {"": (128, 64, 8, 2), "sm_90": (128, 64, 4, 3), "sm_100": (128, 64, 4, 3)},
-    ("fwd", 128): {"": (128, 64, 8, 2)},
+    ("fwd", 128): {"": (128, 64, 8, 2), "sm_80": (128, 32, 8, 2), "hip": (64, 64, 4, 2)},
     ("dq", 64): {"": (128, 64, 8, 2)},
     ("dq", 128): {"": (64, 32, 4, 2)},
     ("dkv", 64): {"": (64, 128, 8, 2), "hip": (32, 64, 4, 2), "grouped": (32, 64, 4, 2)},
-    ("dkv", 128): {"": (32, 64, 4, 2), "sm_80": (32, 64, 8, 2), "sm_100": (64, 64, 8, 1), "grouped": (32, 64, 8, 2)},
+    ("dkv", 128): {"": (32, 64, 4, 2), "sm_80": (32, 64, 8, 2), "sm_90": (32, 64, 8, 2), "sm_100": (64, 64, 8, 1),
+                   "grouped": (32, 64, 8, 2), "grouped sm_100": (32, 64, 8, 1)},
 }
 
 
@@ -58,9 +59,11 @@ def rope_attention_ref(qkv, cos, sin, n_head, n_kv_head=None, hidden=None):
 
 
 def _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, hidden):
+    """Builds a mask [B, 1, T, T] of booleans where there is padding; the kernels build none."""
     q, k, v = _heads(qkv, cos, sin, n_head, n_kv_head)
     mask, grouped = None if hidden is None else _mask(q.shape[2], hidden), n_kv_head < n_head
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    with torch.autocast(qkv.device.type, enabled=False):  # the output has the dtype of qkv
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return o.transpose(1, 2).flatten(2)
 
 
@@ -69,14 +72,15 @@ def _load(ptr, start, stride_t, T, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D
     """Rows start..start+BLOCK-1 of one head; what is beyond T or D is 0."""
     offs_t, offs_d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_t < T - start) & (offs_d < D) if D < BLOCK_D else offs_t < T - start
-    return tl.load(ptr + start * stride_t + (offs_t * stride_t + offs_d), mask=mask, other=0.0)
+    return tl.load(ptr + tl.cast(start, tl.int64) * stride_t + (offs_t * stride_t + offs_d), mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(ptr, x, start, stride_t, T, D: tl.constexpr):
     offs_t, offs_d = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
     mask = (offs_t < T - start) & (offs_d < D)
-    tl.store(ptr + start * stride_t + (offs_t * stride_t + offs_d), x.to(ptr.dtype.element_ty), mask=mask)
+    ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t * stride_t + offs_d)
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -115,7 +119,7 @@ def _queries(hidden_ptr, T, H, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HID
     row, start_m = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # longest first
     b, h = (row // H).to(tl.int64), row % H
     if HIDDEN:
-        hidden = tl.load(hidden_ptr + b).to(tl.int32)
+        hidden = tl.maximum(tl.load(hidden_ptr + b).to(tl.int32), 0)
         first = tl.minimum(hidden, start_m) // BLOCK_N * BLOCK_N
     return b, h, start_m, first, hidden
 
@@ -193,7 +197,7 @@ def _rope_attention_dkv_kernel(
     b, h_kv, hidden = (row // heads_kv).to(tl.int64), row % heads_kv, 0
     later = start_n + BLOCK_N
     if HIDDEN:
-        hidden = tl.load(hidden_ptr + b).to(tl.int32)
+        hidden = tl.maximum(tl.load(hidden_ptr + b).to(tl.int32), 0)
         later = tl.where(hidden < later, later, T)  # a block of hidden keys: nothing below the diagonal
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k_ptr, v_ptr = k_ptr + b * stride_kb + h_kv * D, v_ptr + b * stride_vb + h_kv * D
@@ -247,7 +251,8 @@ def rotates_inside(T, D, group, masked, arch):
 
 def launch_config(kernel, D, group=1, float32=False, arch="sm_90"):
     tiles = TILES[kernel, 64 if D <= 64 else 128]
-    m, n, warps, stages = tiles.get("grouped" if group > 1 else arch) or tiles.get(arch, tiles[""])
+    names = [f"grouped {arch}", "grouped"] * (group > 1) + [arch, ""]
+    m, n, warps, stages = next(tiles[name] for name in names if name in tiles)
     if float32:  # products without tensor cores keep whole rows of both operands in registers
         m, n, warps, stages = {"fwd": (32, 16, 4, 1), "dq": (16, 16, 8, 1), "dkv": (16, 32, 4, 1)}[kernel]
     block_d = max(16, triton.next_power_of_2(D))
@@ -307,7 +312,8 @@ def _rope_attention_backward(
     if not dqkv.numel():
         return dqkv
     dq, dk, dv = dqkv.split([x * (o.shape[-1] // n_head) for x in (n_head, n_kv_head, n_kv_head)], dim=-1)
-    do, delta = do.contiguous(), torch.empty_like(lse)
+    do, o, lse = do.contiguous(), o.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
     with on_device(qkv):
         tensors, numbers, flags, config = _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward=True)
         numbers, constants = (T * W, W, *numbers), config("dq")
@@ -356,7 +362,8 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, hidden=None):
     Returns [B, T, H D] in qkv's dtype. Differentiable once, in qkv. Raises ValueError where the shapes disagree.
     """
     n_kv_head = n_kv_head or n_head
-    D, rest = divmod(qkv.shape[-1], n_head + 2 * n_kv_head)
+    heads = n_head + 2 * n_kv_head
+    D, rest = qkv.shape[-1] // heads, qkv.shape[-1] % heads  # torch.compile knows no divmod of a symbolic width
     shapes = [None if x is None else tuple(x.shape) for x in (qkv, cos, sin, hidden)]
     fits = qkv.dim() == 3 and shapes[1:] == [(qkv.shape[1], D // 2)] * 2 + [hidden if hidden is None else (len(qkv),)]
     if not fits or rest or D % 2 or n_head % n_kv_head:

@@ -98,26 +98,28 @@ class Case:
 
 
 def rms_cases():
+    """The plain norm in bfloat16, and what training runs: x in bfloat16, residual and sum in float32."""
     for W in (1024, 1280, 1536):
-        for add, direction in ((False, "fwd"), (True, "fwd"), (False, "bwd")):
+        for add, direction in ((False, "fwd"), (True, "fwd"), (False, "bwd"), (True, "bwd")):
 
             def make(W=W, add=add):
-                rows = [torch.randn(TOKENS, W, device=DEVICE, dtype=torch.bfloat16) for _ in range(2 + add)]
-                weight = torch.rand(W, device=DEVICE) + 0.5
-                return [rows[0], weight, *rows[2:]], rows[1:2] * (1 + add)
+                x, dy = (torch.randn(TOKENS, W, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+                stream = [torch.randn(TOKENS, W, device=DEVICE) for _ in range(2 * add)]  # residual, ds
+                return [x, torch.rand(W, device=DEVICE) + 0.5, *stream[:1]], [dy, *stream[1:]]
 
             def library(x, weight, residual=None):
                 s = x if residual is None else x + residual
-                y = F.rms_norm(s, (s.shape[-1],), weight.to(s.dtype), 1e-5)
+                y = F.rms_norm(s, (s.shape[-1],), weight.to(s.dtype), 1e-5).to(x.dtype)
                 return y if residual is None else (y, s)
 
             def with_eps(fn):
                 return lambda x, weight, *residual: fn(x, weight, 1e-5, *residual)
 
-            passes = 3 if direction == "bwd" else 4 if add else 2
+            # x, y; x, residual, s, y; dy, x, dx; dy, ds, s, the gradient in both dtypes
+            size = {"fwd": (2 + 2, 2 + 4 + 4 + 2), "bwd": (2 + 2 + 2, 2 + 4 + 4 + 4 + 2)}[direction][add]
             yield Case(
-                "rms_norm" + " + residual" * add, f"{TOKENS}x{W}", "bfloat16", direction, make,
-                with_eps(kernels.rms_norm), with_eps(rms_norm_file.rms_norm_ref), library, passes * TOKENS * W * 2,
+                "rms_norm" + " + residual" * add, f"{TOKENS}x{W}", "bfloat16" + "+float32" * add, direction, make,
+                with_eps(kernels.rms_norm), with_eps(rms_norm_file.rms_norm_ref), library, size * TOKENS * W,
             )  # fmt: skip
 
 

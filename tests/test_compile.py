@@ -25,8 +25,13 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}  # 99 KiB: RTX cards too
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 CODE_DIMS = (8, 16, 32, 64, 128, 256)
-WIDTHS = (768, 1024, 1280, 1536, 3200, 8192)  # B, L, XL, XXL, 3B, and the widest supported
-HIDDEN = (2048, 2816, 3584, 4096, 8704)
+# Other dtypes, and odd sizes as in the tests, have tiles like these: for them sm_90 stands for all four.
+MORE_SEARCHES = ((4, "float32", True), (4, "bfloat16", True), (4, "float16", False), (8, "bfloat16", True),
+                 (100, "float32", False), (100, "bfloat16", True), (100, "float16", False))  # fmt: skip
+WIDTHS = (128, 768, 1280, 3200, 8192)  # tiny, B and L, XL to 1B, XXXL to 7B, and the widest supported
+ODD_WIDTHS = (1, 7, 32, 97, 200)
+HIDDEN = (384, 2048)  # tiny, and B to 7B
+ODD_HIDDEN = (3, 48, 1031)
 TOKENS, CODES = 65536, 16384
 HEADS = ((64, 16), (100, 32), (128, 32))  # channels of a head, heads: L, 3B, 7B
 
@@ -51,65 +56,83 @@ class FakeDriver:
 
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
-    names = ("kernels.codebook", "kernels.rms_norm", "kernels.swiglu")
-    codebook, rms_norm, swiglu = map(importlib.import_module, names)  # kernels.swiglu itself is the operation
-    threads = functools.partial(lambda config: config["num_warps"] * TARGETS[target][2])
-    f32, bf16, fp16, int64 = "float32", "bfloat16", "float16", "int64"
-    for D in CODE_DIMS:
-        config = codebook.launch_config(D, async_mma=target in ("sm_90", "sm_100"))
-        pairs = config["BLOCK_M"] * config["BLOCK_K"] / threads(config)
-        trips = max(config["PART"] // config["BLOCK_D"], 1)
-        for l2 in (True, False):
-            args = (f32, f32, fp16, f32, f32, int64, 262144, CODES, CODES)
-            name = f"nearest_code {'l2' if l2 else 'euclid'} D={D}"
-            yield name, codebook._nearest_code_kernel, args, dict(config, D=D, L2=l2), pairs, trips
-        block = min(64, 1024 // config["PART"])
-        pack = dict(D=D, PART=config["PART"], BLOCK_K=block, num_warps=4)
-        args = (f32, f32, f32, fp16, f32, CODES)
-        yield f"pack D={D}", codebook._pack_kernel, args, pack, block * D / threads(pack), 1
-    seen = set()
-    for W in WIDTHS:
-        for backward in (False, True):
-            config = rms_norm.launch_config(W, backward)
-            if (key := (config["BLOCK_W"], backward)) in seen:
-                continue
-            seen.add(key)
-            kernel = rms_norm._rms_norm_bwd_kernel if backward else rms_norm._rms_norm_fwd_kernel
-            for add in (False, True):
-                s = f32 if add else bf16  # under autocast: branches in bfloat16, the residual stream in float32
-                args = (bf16, s, s, f32, s, f32, W, W, W, TOKENS, W, 1e-5)
-                args = args if backward else (bf16, s, f32, bf16, s, W, W, TOKENS, W, 1e-5)
-                name = f"rms_norm {'bwd' if backward else 'fwd'}{' +residual' if add else ''} W={W}"
-                yield name, kernel, args, dict(config, ADD=add), config["BLOCK_M"] * W / threads(config), 1
-    for H in HIDDEN:
-        config = swiglu.launch_config(TOKENS, H)[1]
-        if (key := (config["BLOCK_H"], "swiglu")) in seen:
-            continue
-        seen.add(key)
-        per = config["BLOCK_M"] * config["BLOCK_H"] / threads(config)
-        yield f"swiglu fwd H={H}", swiglu._swiglu_fwd_kernel, (bf16, bf16, 2 * H, TOKENS, H), config, per, 1
-        yield f"swiglu bwd H={H}", swiglu._swiglu_bwd_kernel, (bf16, bf16, bf16, H, 2 * H, TOKENS, H), config, per, 1
-    yield from attention_cases(target)
+    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases):
+        yield from family(target)
+
+
+def threads(config, target):
+    return config["num_warps"] * TARGETS[target][2]
+
+
+def search_cases(target):
+    file, f32 = importlib.import_module("kernels.codebook"), "float32"
+    searches = [(D, f32, l2) for D in CODE_DIMS for l2 in (True, False)]
+    searches += MORE_SEARCHES if target == "sm_90" else ()
+    for D, dtype, l2 in searches:
+        config = file.launch_config(D, async_mma=target in ("sm_90", "sm_100"))
+        args = (dtype, dtype, "float16", f32, f32, "int64", 262144, CODES, CODES)
+        name = f"nearest_code {'l2' if l2 else 'euclid'} D={D}" + f" {dtype}" * (dtype != f32)
+        pairs, trips = config["BLOCK_M"] * config["BLOCK_K"], max(config["PART"] // config["BLOCK_D"], 1)
+        yield name, file._nearest_code_kernel, args, dict(config, D=D, L2=l2), pairs / threads(config, target), trips
+    for D, dtype in dict.fromkeys((D, dtype) for D, dtype, _ in searches):
+        part = file.launch_config(D)["PART"]
+        pack = dict(D=D, PART=part, BLOCK_K=min(64, 1024 // part), num_warps=4)
+        args = (dtype, f32, f32, "float16", f32, CODES)
+        name = f"pack D={D}" + f" {dtype}" * (dtype != f32)
+        yield name, file._pack_kernel, args, pack, pack["BLOCK_K"] * D / threads(pack, target), 1
+
+
+def rms_norm_cases(target):
+    """bfloat16 alone, and with the float32 stream of autocast; on sm_90 also the other pairs that models make."""
+    file, f32, bf16 = importlib.import_module("kernels.rms_norm"), "float32", "bfloat16"
+    usual = ((bf16, None, False), (bf16, f32, True))  # x, residual, whether the sum has a gradient of its own
+    more = ((f32, None, False), (f32, f32, True), (bf16, bf16, True), (bf16, f32, False))
+    runs = [(W, *run) for W in WIDTHS for run in usual]
+    if target == "sm_90":
+        runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True) for W in ODD_WIDTHS]
+    for W, x, residual, ds in runs:
+        s, size = residual or x, (TOKENS, W, 1e-5)
+        name = f"W={W} {x}" + f" + {residual}" * bool(residual)
+        config = file.launch_config(W, backward=False)
+        if ds or not residual:
+            args, per = (x, s, f32, x, s, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+            yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=bool(residual)), per, 1
+        config = file.launch_config(W, backward=True)
+        args, per = (x, s, s, f32, s, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+        name += ", last" * (bool(residual) and not ds)
+        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds, BOTH=s != x), per, 1
+
+
+def swiglu_cases(target):
+    file, f32, bf16 = importlib.import_module("kernels.swiglu"), "float32", "bfloat16"
+    runs = [(H, bf16) for H in HIDDEN]
+    if target == "sm_90":
+        runs += [(H, f32) for H in HIDDEN] + [(H, bf16) for H in ODD_HIDDEN]
+    for H, x in runs:
+        config = file.launch_config(TOKENS, H)[1]
+        per = config["BLOCK_M"] * config["BLOCK_H"] / threads(config, target)
+        yield f"swiglu fwd H={H} {x}", file._swiglu_fwd_kernel, (x, x, 2 * H, TOKENS, H), config, per, 1
+        yield f"swiglu bwd H={H} {x}", file._swiglu_bwd_kernel, (x, x, x, H, 2 * H, TOKENS, H), config, per, 1
 
 
 def attention_cases(target):
-    """As `cases`: padded and with turned keys, or turning them inside; one grouped, one in float32."""
+    """As `cases`: with turned keys, padded or not, or turning them inside; grouped; in float32."""
     file, arch = importlib.import_module("kernels.rope_attention"), "hip" if target == "gfx942" else target
-    inside = [(64, 16, 1, "bfloat16", True)] if file.rotates_inside(256, 64, 1, False, arch) else []
-    usual = [(D, H, 1, "bfloat16", False) for D, H in HEADS]
-    for D, H, group, dtype, turn in [*usual, *inside, (64, 16, 4, "bfloat16", False), (128, 16, 1, "float32", False)]:
-        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "float32" if turn else "int32"
-        kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else ""
+    inside = [(64, 16, 1, "bfloat16", True, False)] if file.rotates_inside(256, 64, 1, False, arch) else []
+    usual = [(D, H, 1, "bfloat16", False, hidden) for D, H in HEADS for hidden in (True, False)]
+    grouped = [(D, 16, 4, "bfloat16", False, D == 128) for D in (64, 128)]
+    for D, H, group, dtype, turn, hidden in [*usual, *inside, *grouped, (128, 16, 1, "float32", False, True)]:
+        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "int64" if hidden else "float32"
+        kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else "padded" if hidden else ""
         six, numbers = (dtype,) * 3 + (f32, f32, mark), (T * W, W) * 3 + (T, H, group)
         for kernel, args in {
             "fwd": (*six, dtype, f32, *numbers), "dq": (*six, dtype, dtype, f32, f32, dtype, T * W, W, *numbers),
             "dkv": (*six, dtype, f32, f32, dtype, dtype, T * W, W, *numbers),
         }.items():  # fmt: skip
-            config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, HIDDEN=not turn)
-            if kind not in ("grouped", f32) or kernel == ("dkv" if kind == "grouped" else "dq"):
-                per = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * TARGETS[target][2])
-                name = f"attention {kernel} D={D} {kind}".strip()
-                yield name, getattr(file, f"_rope_attention_{kernel}_kernel"), args, config, per, 1
+            config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, HIDDEN=hidden)
+            per = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * TARGETS[target][2])
+            name = f"attention {kernel} D={D} {kind}".strip()
+            yield name, getattr(file, f"_rope_attention_{kernel}_kernel"), args, config, per, 1
     args = ("bfloat16", "float32", "float32", "bfloat16", 3072 * 1024, 3072, 1024, 16)
     config = dict(D=64, BLOCK_T=32, BLOCK_D=64, num_warps=4)
     yield "rotate D=64", file._rotate_kernel, args, config, 32 * 64 / (4 * TARGETS[target][2]), 1
@@ -189,10 +212,11 @@ def table():
 def show(rows):
     """The table as text; instructions are per thread in the hot loop, half: those that issue at half rate on sm_90."""
     columns = ("target", "warps", "registers", "stack", "shared", "mma", "per_element", "half_rate")
-    lines = ["kernel".ljust(30) + "".join(name.rjust(12) for name in columns)]
+    width = max((len(row["kernel"]) for row in rows), default=6)
+    lines = ["kernel".ljust(width) + "".join(name.rjust(12) for name in columns)]
     for row in sorted(rows, key=lambda row: row["kernel"]):
         cells = ("-" if row[k] is None else f"{row[k]:.2f}" if k in columns[-2:] else str(row[k]) for k in columns)
-        lines.append(row["kernel"].ljust(30) + "".join(cell.rjust(12) for cell in cells))
+        lines.append(row["kernel"].ljust(width) + "".join(cell.rjust(12) for cell in cells))
     return "\n".join(lines)
 
 
@@ -213,7 +237,7 @@ def test_compile(capsys):
     bad = [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]]
     assert not bad, f"too much shared memory:\n{show(bad)}"
     products = [row for row in rows if row["kernel"].startswith(("nearest_code", "attention"))]
-    bad = [row for row in products if not row["mma"] and "float32" not in row["kernel"]]
+    bad = [row for row in products if not row["mma"] and not row["kernel"].endswith("float32")]
     assert not bad, f"no tensor-core instructions:\n{show(bad)}"
 
 
