@@ -26,7 +26,7 @@ TILES = {  # BLOCK_M, BLOCK_N, warps, stages: the largest that do not spill; by 
     ("dq", 128): {"": (64, 32, 4, 2)},
     ("dkv", 64): {"": (64, 128, 8, 2), "hip": (32, 64, 4, 2), "grouped": (32, 64, 4, 2)},
     ("dkv", 128): {"": (32, 64, 4, 2), "sm_80": (32, 64, 8, 2), "sm_90": (32, 64, 8, 2), "sm_100": (64, 64, 8, 1),
-                   "grouped": (32, 64, 8, 2), "grouped sm_100": (32, 64, 8, 1)},
+                   "grouped": (32, 64, 8, 2), "grouped sm_100": (32, 64, 8, 1), "grouped hip": (32, 64, 4, 1)},
 }
 
 
@@ -72,14 +72,14 @@ def _load(ptr, start, stride_t, T, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D
     """Rows start..start+BLOCK-1 of one head; what is beyond T or D is 0."""
     offs_t, offs_d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_t < T - start) & (offs_d < D) if D < BLOCK_D else offs_t < T - start
-    return tl.load(ptr + tl.cast(start, tl.int64) * stride_t + (offs_t * stride_t + offs_d), mask=mask, other=0.0)
+    return tl.load(ptr + start * stride_t + (offs_t * stride_t + offs_d), mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(ptr, x, start, stride_t, T, D: tl.constexpr):
     offs_t, offs_d = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
     mask = (offs_t < T - start) & (offs_d < D)
-    ptrs = ptr + tl.cast(start, tl.int64) * stride_t + (offs_t * stride_t + offs_d)
+    ptrs = ptr + start * stride_t + (offs_t * stride_t + offs_d)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -270,7 +270,8 @@ def _rotate(x, cos, sin, D):
 
 def _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward):
     """Arguments that the kernels share: tensors, numbers and flags; and constants by kernel name."""
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    far = qkv.shape[1] * qkv.stride(1) >= 2**31  # offsets within a sample are int32: int64 ones spill
+    qkv = qkv.contiguous() if qkv.stride(-1) != 1 or far else qkv
     cos, sin = cos.contiguous(), sin.contiguous()
     T, W, group = *qkv.shape[1:], n_head // n_kv_head
     D = W // (n_head + 2 * n_kv_head)
