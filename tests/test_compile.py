@@ -239,6 +239,9 @@ def test_compile(capsys):
     products = [row for row in rows if row["kernel"].startswith(("nearest_code", "attention"))]
     bad = [row for row in products if not row["mma"] and not row["kernel"].endswith("float32")]
     assert not bad, f"no tensor-core instructions:\n{show(bad)}"
+    exact = [row for row in rows if row["kernel"].startswith("attention") and row["kernel"].endswith("float32")]
+    bad = [row for row in exact if row["mma"] and row["target"] != "gfx942"]  # its matrix cores have a full float32
+    assert exact and not bad, f"float32 rounded to TF32:\n{show(bad)}"
 
 
 if __name__ == "__main__":
