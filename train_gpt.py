@@ -69,22 +69,27 @@ def open_tokenizer(args, codes, device):
     return VQModel.from_pretrained(path).to(device)
 
 
+def spread(n, total):
+    """n indices, at most `total` of them, evenly over 0..total-1."""
+    n = min(n, total)
+    return torch.arange(n) * total // n
+
+
 @torch.no_grad()
 def evaluate(model, codes, args, device):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
-    total, n = 0.0, min(args.eval_images, len(codes))
-    order = torch.arange(n) * len(codes) // n
+    total, order = 0.0, spread(args.eval_images, len(codes))
     for part in order.split(args.micro_batch_size):
         tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
         labels = torch.from_numpy(codes.labels[part.numpy()]).to(device)
         with common.evaluating(model):
             total += len(part) * model(tokens[:, :-1], labels, targets=tokens)[1]
-    return float(total) / n
+    return float(total) / len(order)
 
 
 def page(vq, codes, path):
     """64 stored training images decoded, with their classes: the first thing to look at when training goes nowhere."""
-    pick = torch.arange(min(64, len(codes))) * len(codes) // min(64, len(codes))
+    pick = spread(64, len(codes))
     tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
     device = vq.post_quant_conv.weight.device
     images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
