@@ -40,6 +40,11 @@ def pick_device(name):
     return device
 
 
+def launched():
+    """(rank, number of processes) of this process: torchrun's, or (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def peak_gib(device):
     """Most memory held so far: of the GPU's allocator, else of the process."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ Shapes: B, T, C tokens; T = n_cond condition tokens, then image tokens; H query 
 channels; V codes; L layers. Parameter names are those of LlamaGen's published files, which `GPT.from_pretrained` reads.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -86,6 +87,17 @@ def apply_rope(x, cos, sin):
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
 
 
+class Linear(nn.Linear):
+    """Without bias. While `GPT.packed` lasts, it multiplies by a copy of its weight in the layout of CPU kernels."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+        self.copy = None
+
+    def forward(self, x):
+        return super().forward(x) if self.copy is None else kernels.packed_linear(x, self.copy)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -102,29 +114,23 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
+        self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x, cos, sin, hidden=None, cache=None, start=0, mask=None):
-        """Causal attention of x [B, T, C] at positions start..start+T-1; `cache` = (k, v) [B, G, S, D] takes theirs.
-
-        `hidden` [B] counts padding; with a cache, `mask` says the same.
+    def forward(self, x, cos, sin, hidden=None, cache=None, position=None):
+        """Causal attention of x [B, T, C], whose keys and values go into `cache`, a pair of [B, G, S, D], if there is
+        one; or, with `position` int64 [1], of the token x [B, C] there over those in the cache. `hidden` [B]: padding.
         """
         qkv = self.wqkv(x)
-        if cache is None:
-            return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, hidden))
-        t = x.shape[1]
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # B, T, H or G, D
-        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # B, H, T, D
-        v = v.transpose(1, 2)
-        for past, new in zip(cache, (k, v), strict=True):
-            past[:, :, start : start + t] = new
-        k, v = (past[:, :, : start + t] for past in cache)  # B, G, start + T, D
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.n_kv_head < self.n_head
-        )
-        return self.wo(y.transpose(1, 2).flatten(2))  # B, T, C
+        if position is not None:
+            y = kernels.decode_attention(qkv, cos, sin, *cache, position, self.n_head, self.n_kv_head, hidden)
+            return self.wo(y)  # B, C
+        if cache is not None:
+            t, d, g = x.shape[1], self.head_dim, self.n_kv_head
+            k, v = qkv.unflatten(-1, (-1, d))[:, :, self.n_head :].split(g, dim=2)  # B, T, G, D
+            for past, new in zip(cache, (apply_rope(k, cos, sin), v), strict=True):
+                past[:, :, :t, :d] = new.transpose(1, 2)
+        return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, hidden))  # B, T, C
 
 
 class FeedForward(nn.Module):
@@ -132,8 +138,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
         self.register_state_dict_post_hook(self._split)
         self.register_load_state_dict_pre_hook(self._fuse)
 
@@ -182,8 +188,8 @@ class ClassEmbedder(nn.Module):
 class CaptionMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.text_dim, config.dim, bias=False)
-        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+        self.fc1 = Linear(config.text_dim, config.dim)
+        self.fc2 = Linear(config.dim, config.dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -204,16 +210,20 @@ class TextEmbedder(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D]."""
+    """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D], rows padded to 16 bytes.
 
-    def __init__(self, config, batch, grid, device, dtype):
-        length = config.n_cond + grid[0] * grid[1] - 1  # the last code drawn is never read
-        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+    On a CPU they are float32, which its attention over few queries reads twice as fast as bfloat16.
+    """
+
+    def __init__(self, config, batch, device, dtype):
+        length = config.n_cond + config.grid[0] * config.grid[1] - 1  # the last code drawn is never read
+        shape = (config.n_layer, batch, config.n_kv_head, length, -(-config.head_dim // 8) * 8)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def keep(self, batch):
-        """Drop all but the first `batch` samples."""
-        self.k, self.v = self.k[:, :batch], self.v[:, :batch]
+    def layer(self, i, batch):
+        """Keys and values of layer i and the first `batch` samples."""
+        return self.k[i, :batch], self.v[i, :batch]
 
 
 class GPT(nn.Module):
@@ -225,7 +235,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self.set_grid(config.grid)
         self.init_weights()
 
@@ -264,14 +274,12 @@ class GPT(nn.Module):
         torch._assert_async((cond_mask[:, 1:] >= cond_mask[:, :-1]).all(), "padding has to stand left of the text")
         return self.cls_embedding(cond), (~cond_mask).sum(1)
 
-    def transform(self, x, hidden=None, cache=None, start=0):
-        """The blocks over x [B, T, C] at positions start..; `hidden` [B] counts padding that only sees itself."""
-        t = x.shape[1]
-        cos, sin = self.cos[start : start + t], self.sin[start : start + t]
-        mask = None if hidden is None or cache is None else causal_mask(hidden, start, t)
+    def transform(self, x, hidden=None, cache=None, position=None):
+        """The blocks over x [B, T, C] from the first position on, or over the token x [B, C] at `position`."""
+        cos, sin = (self.cos, self.sin) if x.dim() == 2 else (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
-            x, residual = block(x, residual, cos, sin, hidden, cache and (cache.k[i], cache.v[i]), start, mask)
+            x, residual = block(x, residual, cos, sin, hidden, cache and cache.layer(i, len(x)), position)
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):
@@ -292,19 +300,29 @@ class GPT(nn.Module):
         return logits, loss
 
     def prefill(self, cond, cond_mask, cache):
-        """Condition -> logits float32 [B, V] of the first code, and the hidden lengths that `step` wants."""
+        """Condition -> logits [B, V] of the first code, and the hidden lengths that `step` wants."""
         prefix, hidden = self.embed_condition(cond, cond_mask)
         x = self.transform(prefix, hidden, cache)
-        return self.output(x[:, -1]).float(), hidden
+        return self.output(x[:, -1]), hidden
 
-    def step(self, codes, index, hidden, cache):
-        """The code at raster position `index`, int64 [B] -> logits float32 [B, V] of the next one."""
-        x = self.tok_embeddings(codes).unsqueeze(1)  # B, 1, C
-        x = self.transform(x, hidden, cache, self.config.n_cond + index)
-        return self.output(x[:, 0]).float()
+    def step(self, codes, position, hidden, cache):
+        """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
+        return self.output(self.transform(self.tok_embeddings(codes), hidden, cache, position))
 
     def new_cache(self, batch):
-        return KVCache(self.config, batch, self.config.grid, self.output.weight.device, self.output.weight.dtype)
+        return KVCache(self.config, batch, self.output.weight.device, self.output.weight.dtype)
+
+    @contextmanager
+    def packed(self, rows):
+        """On a CPU, until it ends, products with about `rows` rows use copies of the weights made for that."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        try:
+            for linear in linears:
+                linear.copy = kernels.pack(linear.weight, rows)
+            yield
+        finally:
+            for linear in linears:
+                linear.copy = None
 
     @classmethod
     def from_pretrained(cls, path, grid=None, **changes):
@@ -330,13 +348,6 @@ class GPT(nn.Module):
     def checkpoint(self):
         """What from_pretrained reads: {"model": weights under the published names, "config": sizes}."""
         return {"model": self.state_dict(), "config": asdict(self.config)}
-
-
-def causal_mask(hidden, start, t):
-    """True where query i (start..start+t-1) may see key j: j <= i, and j is no padding (j >= hidden[b]) or i itself."""
-    i = torch.arange(start, start + t, device=hidden.device)[:, None]
-    j = torch.arange(start + t, device=hidden.device)[None]
-    return ((j <= i) & (j >= hidden[:, None, None]) | (j == i))[:, None]  # B, 1, T, start + T
 
 
 def infer_config(weights, path):

@@ -1,52 +1,37 @@
-"""Paint with a trained GPT: guided sampling of codes, the tokenizer's decoder, a labelled grid.
+"""Paint with a trained GPT: guided sampling of codes, the tokenizer's decoder, a grid, PNGs or an npz.
 
     python sample.py --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --cfg-scale 2 --top-k 50 --out samples.png
     python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes 207,360,387 --n 12 --cfg-scale 4
+    torchrun --standalone --nproc_per_node=8 sample.py --vq vq_ds16_c2i.pt --gpt c2i_L_384.pt --grid 24x24 --n 50000 \\
+        --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
 import argparse
+import json
 import math
+import os
+import shutil
+import tempfile
 import time
+import weakref
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from common import cli, evaluating, pick_device, read_file, save_grid, to_uint8
+import kernels
+from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8
 from encode import file_sha256
 from gpt import GPT
 from vq import VQModel
 
-
-def guide(logits, cfg_scale):
-    """Stacked [conditional; unconditional] logits [2B, V] -> uncond + s (cond - uncond), [B, V] (Ho & Salimans)."""
-    cond, uncond = logits.chunk(2)
-    return uncond + cfg_scale * (cond - uncond)
-
-
-def keep_probable(logits, top_k=0, top_p=1.0):
-    """Probabilities [B, V] of the codes that top-k and then top-p keep, zero elsewhere; rows sum to one.
-
-    top-k keeps the k largest logits (0: all), top-p the smallest set of codes whose mass reaches p, at least one;
-    codes that tie with the last one kept are kept as well.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    p = logits.softmax(-1)
-    if top_p < 1.0:
-        ordered = p.sort(dim=-1, descending=True).values
-        reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-        p = p.masked_fill(p < ordered.gather(-1, reached), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def draw(p, uniform):
-    """Invert the cumulative distribution: p [B, V], uniform [B] in [0, 1) -> int64 [B], never a code of mass zero."""
-    cdf = p.double().cumsum(-1)
-    return torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+# Codes
 
 
 def uniforms(seed, first_index, batch, length):
@@ -55,7 +40,7 @@ def uniforms(seed, first_index, batch, length):
     return torch.from_numpy(np.stack([row.random(length, dtype=np.float32) for row in rows]))
 
 
-def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy):
+def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index):
     """One sentence for everything that cannot be sampled."""
     if grid != model.config.grid:
         raise ValueError(f"the model paints {model.config.grid}, not {grid}: load it, or set_grid, for another grid")
@@ -69,11 +54,94 @@ def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, to
         raise ValueError(f"cfg_scale has to be a finite number, not {cfg_scale}")
     if cfg_stop < -1:
         raise ValueError(f"cfg_stop has to be -1 (guide every code) or a number of codes, not {cfg_stop}")
+    if min(seed, first_index) < 0 or max(seed, first_index + len(cond)) > 2**64:
+        raise ValueError(f"seed and first_index have to be in 0..2^64-1, not {seed} and {first_index}")
     if len(cond) == 0:
         raise ValueError("there is no condition to paint: cond is empty")
     null = model.config.num_classes
     if model.config.cond == "class" and not 0 <= int(cond.min()) <= int(cond.max()) <= null:
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
+
+
+class Loop:
+    """The buffers of one kind of request and, on a GPU, its steps as CUDA graphs; kept for the next such request.
+
+    Rows are the `batch` images and, while they are guided, as many unconditional ones after them. Where a step stands
+    is known to the device alone: `clock` = (position of the code that it reads, index of the code that it draws).
+    """
+
+    def __init__(self, model, batch, rows, later_rows, settings):
+        c, device = model.config, model.output.weight.device
+        length = c.grid[0] * c.grid[1]
+        self.settings, self.cache = settings, model.new_cache(rows)
+        self.hidden = torch.zeros(rows, dtype=torch.long, device=device) if c.cond == "text" else None
+        self.noise = torch.zeros(batch, length, device=device)
+        self.codes = torch.zeros(batch, length, dtype=torch.long, device=device)
+        self.last = torch.zeros(rows, dtype=torch.long, device=device)
+        self.start = torch.tensor([c.n_cond - 1, 0], device=device)
+        self.clock = self.start.clone()
+        self.position, self.index = self.clock[:1], self.clock[1:]
+        self.graphs = {}
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                pool = torch.cuda.graph_pool_handle()
+                self.graphs = {rows: self.capture(model, rows, pool) for rows in later_rows}
+
+    def capture(self, model, rows, pool):
+        """One step as a CUDA graph, after two that run as they are: libraries set themselves up in those."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.clock.copy_(self.start)
+                self.step(model, rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.step(model, rows)
+        return graph
+
+    def prefill(self, model, cond, cond_mask, noise):
+        """Read the condition and draw the first code."""
+        self.clock.copy_(self.start)
+        if noise is not None:
+            self.noise.copy_(noise)
+        logits, hidden = model.prefill(cond, cond_mask, self.cache)
+        if self.hidden is not None:
+            self.hidden.copy_(hidden) if hidden is not None else self.hidden.zero_()
+        self.draw(logits)
+
+    def step(self, model, rows):
+        """Read the last codes of the first `rows` rows and draw the next."""
+        if rows in self.graphs:
+            return self.graphs[rows].replay()
+        self.clock += 1
+        hidden = None if self.hidden is None else self.hidden[:rows]
+        self.draw(model.step(self.last[:rows], self.position, hidden, self.cache))
+
+    def draw(self, logits):
+        batch, rows = len(self.codes), len(logits)
+        codes = kernels.draw_codes(logits, self.noise, self.index, guided=rows > batch, **self.settings)
+        self.last[:rows] = codes
+        self.codes.index_copy_(1, self.index, codes[:batch, None])
+
+
+LOOPS = weakref.WeakKeyDictionary()  # model -> (what its loop depends on, the loop)
+
+
+def find_loop(model, batch, rows, later_rows, settings):
+    """The loop of the model's last request if it serves this one too, else a new one in its place."""
+    weights = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))  # a graph reads these addresses
+    key = (batch, rows, later_rows, *settings.values(), model.config.grid, kernels.mode(), weights)
+    if model not in LOOPS or LOOPS[model][0] != key:
+        release(model)
+        LOOPS[model] = key, Loop(model, batch, rows, later_rows, settings)
+    return LOOPS[model][1]
+
+
+def release(model):
+    """Free the cache, buffers and graphs that generate() keeps for the model's next request."""
+    LOOPS.pop(model, None)
 
 
 @torch.no_grad()
@@ -85,46 +153,126 @@ def generate(
 
     cond is int64 [B] labels, or features [B, n_cond, text_dim] with cond_mask bool [B, n_cond]. Guidance runs
     conditional and unconditional rows in one batch; cfg_scale 1 is none, and cfg_stop = n guides the first n codes only
-    and drops the unconditional rows after them. Image i depends on (seed, first_index + i), not on its neighbours.
+    and drops the unconditional rows after them. Image i depends on (seed, first_index + i), not on its neighbours: bit
+    for bit on a CPU, on a GPU as far as its matrix products round alike in batches of other sizes.
     Raises ValueError for settings that cannot be.
     """
     grid = tuple(grid or model.config.grid)
-    check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy)
+    check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index)
     batch, length = len(cond), grid[0] * grid[1]
-    guided = length if cfg_stop < 0 else min(cfg_stop, length)  # codes drawn with guidance
-    guided = 0 if cfg_scale == 1.0 else guided
+    guided = 0 if cfg_scale == 1 else length if cfg_stop < 0 else min(cfg_stop, length)  # codes drawn with guidance
+    rows, *later = (2 * batch if i < guided else batch for i in range(length))
     if guided:
         cond = torch.cat([cond, model.cls_embedding.null(cond)])
         cond_mask = None if cond_mask is None else cond_mask.repeat(2, 1)  # "no text" hides the same positions
-    codes = torch.empty(batch, length, dtype=torch.long, device=model.output.weight.device)
-    noise = None if greedy else uniforms(seed, first_index, batch, length).to(codes.device)
-    with evaluating(model):
-        cache = model.new_cache(len(cond))
-        logits, hidden = model.prefill(cond, cond_mask, cache)
-        for i in tqdm(range(length), desc="codes", disable=not progress):
-            logits = guide(logits, cfg_scale) if i < guided else logits[:batch]
-            if greedy:
-                codes[:, i] = logits.argmax(-1)
-            else:
-                codes[:, i] = draw(keep_probable(logits / temperature, top_k, top_p), noise[:, i])
-            if i + 1 == guided:  # from the next code on, the conditional rows go on alone
-                cache.keep(batch)
-                hidden = None if hidden is None else hidden[:batch]
-            if i + 1 < length:
-                fed = codes[:, i].repeat(2) if i + 1 < guided else codes[:, i]
-                logits = model.step(fed, i, hidden, cache)
-    return codes.view(batch, *grid)
+    noise = None if greedy else uniforms(seed, first_index, batch, length)
+    settings = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+    with evaluating(model), torch.autocast(cond.device.type, enabled=False), model.packed(rows):
+        loop = find_loop(model, batch, rows, frozenset(later), settings)
+        loop.prefill(model, cond, cond_mask, noise)
+        for rows in tqdm(later, desc="codes", initial=1, total=length, disable=not progress):
+            loop.step(model, rows)
+    return loop.codes.view(batch, *grid).clone()
+
+
+# Images
 
 
 @torch.no_grad()
-def paint(vq, model, labels, batch_size=64, progress=False, seed=0, **settings):
-    """labels int64 [N] -> uint8 images [N, H, W, 3] and codes [N, h, w], in batches; settings as for generate()."""
-    images, codes = [], []
-    for start in tqdm(range(0, len(labels), batch_size), desc="images", unit="batch", disable=not progress):
-        part = generate(model, labels[start : start + batch_size], seed=seed, first_index=start, **settings)
-        codes.append(part)
-        images.append(to_uint8(vq.decode(part)))
+def decode(vq, codes, size=None):
+    """codes int64 [B, h, w] -> uint8 images [B, H, W, 3], in bfloat16 on a GPU that has it.
+
+    size: resize to it by bicubic interpolation without antialiasing, as published 384-pixel samples are brought to 256.
+    """
+    low, images = pick_dtype("auto", codes.device) == "bfloat16", []
+    for part in codes.split(16):
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=low):
+            x = vq.decode(part).float()
+        images.append(to_uint8(F.interpolate(x, (size, size), mode="bicubic") if size else x))
+    return np.concatenate(images)
+
+
+def paint_batches(vq, model, cond, cond_mask=None, starts=None, batch_size=64, size=None, progress=False, **settings):
+    """Paint the batches of cond that begin at `starts` (default: all); settings as for generate().
+
+    Yields (start, uint8 images [b, H, W, 3], codes int64 [b, h, w], seconds for codes, seconds for decoding). On a GPU
+    the last batch is filled up: it takes the same kernels, and so rounds, as the others.
+    """
+    n, graphs = len(cond), cond.device.type == "cuda"
+    starts = range(0, n, batch_size) if starts is None else starts
+    many = len(starts) > 1
+    for start in tqdm(starts, desc="images", unit="batch", disable=not (progress and many)):
+        index = torch.arange(start, min(start + batch_size, n), device=cond.device)
+        kept = len(index)
+        if graphs and n > batch_size:
+            index = torch.arange(start, start + batch_size, device=cond.device).clamp(max=n - 1)
+        began, mask = time.perf_counter(), None if cond_mask is None else cond_mask[index]
+        bar = progress and not many
+        codes = generate(model, cond[index], mask, first_index=start, progress=bar, **settings)[:kept]
+        if graphs:
+            torch.cuda.synchronize(cond.device)
+        drawn = time.perf_counter()
+        images = decode(vq, codes, size)
+        yield start, images, codes, drawn - began, time.perf_counter() - drawn
+
+
+def paint(vq, model, cond, cond_mask=None, **settings):
+    """cond as for generate() -> uint8 images [N, H, W, 3] and codes [N, h, w]; settings as for paint_batches()."""
+    _, images, codes, *_ = zip(*paint_batches(vq, model, cond, cond_mask, **settings), strict=True)
     return np.concatenate(images), torch.cat(codes)
+
+
+class Parts:
+    """The finished batches of a run, one .npy file each in a folder, beside the request that they answer."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def open(self, request):
+        """Begin a run, or go on with one; ValueError where the folder holds parts of another request."""
+        path, text = self.folder / "request.json", json.dumps(request, indent=1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not any(self.folder.glob("*.npy")):
+            path.with_suffix(".tmp").write_text(text)
+            path.with_suffix(".tmp").rename(path)
+        old, new = json.loads(path.read_text()), json.loads(text)
+        differ = [f"{name} {old.get(name)}, not {new[name]}" for name in new if old.get(name) != new[name]]
+        if differ:
+            raise ValueError(f"{self.folder} is an unfinished run of {'; '.join(differ)}: finish or remove that one")
+
+    def path(self, start):
+        return self.folder / f"{start:08}.npy"
+
+    def save(self, start, images):
+        temporary = self.path(start).with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, images)
+        temporary.rename(self.path(start))
+
+    def load(self, starts):
+        """The parts, one after the other, as memory maps."""
+        return (np.load(self.path(start), mmap_mode="r") for start in starts)
+
+
+def save_npz(path, n, parts, labels):
+    """arr_0: n images [n, H, W, 3] of an iterable of parts, which are never in memory together; arr_1: labels [n]."""
+    temporary, count = path.with_name(path.name + ".tmp"), 0
+    with zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for part in parts:
+                if not count:
+                    shape = dict(descr="|u1", fortran_order=False, shape=(n, *part.shape[1:]))
+                    np.lib.format.write_array_header_1_0(file, shape)
+                file.write(np.ascontiguousarray(part).data)
+                count += len(part)
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+    if count != n:
+        raise RuntimeError(f"{count} images for an npz of {n}")
+    temporary.rename(path)
+
+
+# The command
 
 
 def parse_classes(text, class_names, num_classes):
@@ -139,6 +287,13 @@ def parse_classes(text, class_names, num_classes):
         else:
             raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}")
     return labels
+
+
+def parse_grid(text):
+    """ROWSxCOLUMNS -> (rows, columns)."""
+    if not all(part.isdecimal() for part in text.split("x")) or text.count("x") != 1:
+        raise ValueError(f"--grid has to be ROWSxCOLUMNS, such as 16x16, not {text!r}")
+    return tuple(int(part) for part in text.split("x"))
 
 
 def options():
@@ -157,16 +312,21 @@ def options():
     how.add_argument("--top-p", type=float, default=1.0, help="mass kept, after top-k")
     how.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    how.add_argument("--batch-size", type=int, default=64, help="images at a time, per process")
     how.add_argument("--device", default="auto")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    how.add_argument("--dtype", default="auto", choices=dtypes, help="of the GPT's weights (auto: bfloat16 on a GPU)")
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid")
+    out.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid, of the first 100 images")
     out.add_argument("--columns", type=int, help="images per row of the grid (default: one row per class, or 8)")
+    out.add_argument("--npz", type=Path, help="arr_0 = the n images, uint8 NHWC, classes shuffled; arr_1 = classes")
+    out.add_argument("--folder", type=Path, help="one PNG per image")
+    out.add_argument("--size", type=int, help="resize to this many pixels (published 384-pixel samples: 256)")
     return parser.parse_args()
 
 
-def load_models(vq_path, gpt_path, grid, device):
-    """Both models on `device`, and what the GPT's file says of its codes ({} if nothing).
+def load_models(vq_path, gpt_path, grid, device, dtype="float32"):
+    """Both models on `device`, the GPT in `dtype`, and what its file says of its codes ({} if nothing).
 
     Raises ValueError where the GPT was trained on another tokenizer's codes.
     """
@@ -176,39 +336,89 @@ def load_models(vq_path, gpt_path, grid, device):
         raise ValueError(f"{gpt_path} was trained on codes of {codes['tokenizer']}, and {vq_path} is another tokenizer")
     if gpt.config.vocab_size != vq.config.codebook_size:
         raise ValueError(f"{gpt_path} knows {gpt.config.vocab_size} codes, {vq_path} has {vq.config.codebook_size}")
-    return vq.to(device), gpt.to(device), codes
+    return vq.to(device), gpt.to(device, getattr(torch, dtype)), codes
+
+
+def choose_classes(args, config, names):
+    """The label of every image, int64 [n]: the classes in turn, or shuffled for an npz, and how many go in a row."""
+    if config.cond != "class":
+        raise ValueError(f"{args.gpt} wants text; this command takes classes")
+    classes = list(range(config.num_classes))
+    if args.classes:
+        classes = parse_classes(args.classes, names, config.num_classes)
+    n = args.n if args.n is not None else len(classes) if args.classes else min(8 * len(classes), 80)
+    if min(n, args.batch_size, *(1 if x is None else x for x in (args.columns, args.size))) < 1:
+        raise ValueError("--n, --batch-size, --columns and --size have to be above 0")
+    if args.npz:  # balanced as well as n allows, and whatever part of the file is read
+        return np.random.default_rng(args.seed).permutation(np.resize(classes, n)), args.columns or min(n, 8)
+    per_class = n // len(classes)
+    columns = per_class if n % len(classes) == 0 and 1 < per_class <= 16 else min(n, 8)
+    return np.array(classes)[np.arange(n) * len(classes) // max(n, len(classes))], args.columns or columns
+
+
+def check_outputs(args, folder):
+    """ValueError where a finished result would be overwritten."""
+    if args.npz and args.npz.exists():
+        raise ValueError(f"{args.npz} is there already: remove it to sample anew")
+    if args.folder and args.folder.exists() and any(args.folder.iterdir()) and not folder.exists():
+        raise ValueError(f"{args.folder} is not empty: remove it to sample anew")
 
 
 def main():
-    args = options()
+    args, (rank, processes) = options(), launched()
     device = pick_device(args.device)
-    grid = None
-    if args.grid:
-        if not all(part.isdecimal() for part in args.grid.split("x")) or args.grid.count("x") != 1:
-            raise ValueError(f"--grid has to be ROWSxCOLUMNS, such as 16x16, not {args.grid!r}")
-        grid = tuple(int(part) for part in args.grid.split("x"))
-    vq, gpt, codes = load_models(args.vq, args.gpt, grid, device)
+    if processes > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    dtype = pick_dtype(args.dtype, device)
+    vq, gpt, codes = load_models(args.vq, args.gpt, args.grid and parse_grid(args.grid), device, dtype)
     names = codes.get("class_names", [])
-    if gpt.config.cond != "class":
-        raise ValueError(f"{args.gpt} wants text; this command takes classes")
-    classes = list(range(gpt.config.num_classes))
-    if args.classes:
-        classes = parse_classes(args.classes, names, gpt.config.num_classes)
-    n = args.n if args.n is not None else len(classes) if args.classes else min(8 * len(classes), 80)
-    if min(n, args.batch_size, 1 if args.columns is None else args.columns) < 1:
-        raise ValueError("--n, --batch-size and --columns have to be above 0")
-    labels = torch.tensor(classes)[torch.arange(n) * len(classes) // max(n, len(classes))]  # the classes in turn
-    start = time.perf_counter()
-    images, _ = paint(
-        vq, gpt, labels.to(device), args.batch_size, progress=True, seed=args.seed, cfg_scale=args.cfg_scale,
-        cfg_stop=args.cfg_stop, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy,
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
-    per_class = n // len(classes)
-    columns = args.columns or (per_class if n % len(classes) == 0 and 1 < per_class <= 16 else min(n, 8))
-    captions = [names[i] if names else i for i in labels.tolist()]
-    save_grid(args.out, images, columns, captions, notice=codes.get("notice", ""))
-    print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} images/s): {args.out}")
+    labels, columns = choose_classes(args, gpt.config, names)
+    cond, starts = torch.from_numpy(labels).to(device), range(0, len(labels), args.batch_size)
+    settings = ("cfg_scale", "cfg_stop", "temperature", "top_k", "top_p", "greedy", "seed")
+    settings = {name: getattr(args, name) for name in settings}
+    check_request(gpt, cond, gpt.config.grid, first_index=0, **settings)
+    settings |= dict(batch_size=args.batch_size, size=args.size)
+
+    long = args.npz or args.folder or (args.out if processes > 1 else None)  # such a run can be continued
+    temporary = None if long else tempfile.TemporaryDirectory()
+    parts = Parts(f"{long}.parts" if long else temporary.name)
+    if processes > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    if rank == 0:
+        check_outputs(args, parts.folder)
+        files = {name: [str(path), path.stat().st_size] for name, path in (("vq", args.vq), ("gpt", args.gpt))}
+        parts.open(dict(settings, **files, dtype=dtype, grid=gpt.config.grid, labels=labels.tolist()))
+        if args.folder:
+            args.folder.mkdir(parents=True, exist_ok=True)
+    if processes > 1:
+        dist.barrier()
+
+    began, seconds = time.perf_counter(), np.zeros(2)  # for codes, for decoding
+    todo = [start for start in starts[rank::processes] if not parts.path(start).exists()]
+    n = sum(min(args.batch_size, len(labels) - start) for start in todo)
+    for start, images, _, *spent in paint_batches(vq, gpt, cond, None, todo, progress=rank == 0, **settings):
+        for i, image in enumerate(images if args.folder else []):
+            Image.fromarray(image).save(args.folder / f"{start + i:06}.png")
+        parts.save(start, images)
+        seconds += spent
+    if processes > 1:
+        total = torch.tensor(n)
+        dist.all_reduce(total)  # and the images of all are there
+        n = int(total)
+        dist.destroy_process_group()
+    if rank:
+        return
+    rate = n / (time.perf_counter() - began)
+    if args.npz:
+        save_npz(args.npz, len(labels), parts.load(starts), labels)
+    first = np.concatenate(list(parts.load(starts[: -(-100 // args.batch_size)])))[:100]
+    captions = [names[i] if names else i for i in labels[:100]]
+    save_grid(args.out, first, columns, captions, notice=codes.get("notice", ""))
+    if long:
+        shutil.rmtree(parts.folder)
+    there = f" ({len(labels) - n} were there already)" if n < len(labels) else ""
+    print(f"{n} images{there}, {rate:.1f} images/s; codes {seconds[0]:.1f} s, decoding {seconds[1]:.1f} s: ", end="")
+    print(*(path for path in (args.npz, args.folder, args.out) if path), sep=", ")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import common
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
-from sample import paint
+from sample import paint, release
 from vq import VQModel
 
 SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names")  # of training and held-out codes, and on resuming
@@ -139,6 +139,7 @@ def main():
     def picture(name):
         how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
         images, _ = paint(vq, best, sample_labels.to(device), **how)
+        release(best)  # training needs the memory
         names = [codes.class_names[i] for i in sample_labels]
         common.save_grid(args.out / name, images, 8, names, notice=codes.meta["notice"])
 

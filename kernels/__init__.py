@@ -42,6 +42,11 @@ def use(mode: str) -> str:
     return before
 
 
+def mode() -> str:
+    """The mode in use."""
+    return _mode
+
+
 def use_triton(x: torch.Tensor, why: str = "") -> bool:
     """Whether this call on x runs as a Triton kernel; why: what the operation itself has against it.
 
@@ -117,10 +122,16 @@ def _find_obstacle(device_type: str, index: int | None) -> str:
 
 
 from .codebook import code_usage, nearest_code  # noqa: E402 - the operations read the switch above
+from .decode import decode_attention  # noqa: E402
+from .linear import pack, packed_linear  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
 from .rope_attention import rope_attention  # noqa: E402
+from .sampling import draw_codes  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
 
-__all__ = ["code_usage", "nearest_code", "rms_norm", "rope_attention", "swiglu", "use", "use_triton"]
+__all__ = [
+    "code_usage", "decode_attention", "draw_codes", "mode", "nearest_code", "pack", "packed_linear", "rms_norm",
+    "rope_attention", "swiglu", "use", "use_triton",
+]  # fmt: skip
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

@@ -1,5 +1,9 @@
 import argparse
+import gc
+import multiprocessing
+import os
 import re
+import socket
 import sys
 
 import numpy as np
@@ -11,7 +15,7 @@ import sample
 from common import cli, save_file
 from encode import file_sha256
 from gpt import GPT, GPTConfig
-from sample import draw, generate, guide, keep_probable, paint, parse_classes, uniforms
+from sample import LOOPS, generate, paint, parse_classes, release, uniforms
 from vq import VQConfig, VQModel
 
 
@@ -83,73 +87,19 @@ def test_guidance_1_is_conditional(kind):
     assert torch.equal(generate(model, cond, mask, greedy=True), direct_greedy(model, cond, mask, 1.0, 0))
 
 
-def test_guidance_formula():
-    cond, uncond = torch.randn(2, 3, 7)
-    torch.testing.assert_close(guide(torch.cat([cond, uncond]), 2.5), 2.5 * cond - 1.5 * uncond)
-
-
 # The distribution
-
-def direct_probabilities(row, top_k, top_p):
-    """Sorted by hand, in float64; ties with the last code kept are kept."""
-    row = row.double()
-    if top_k:
-        row = torch.where(row < sorted(row.tolist())[-min(top_k, len(row))], -torch.inf, row)
-    p = (row - row.max()).exp()
-    p = p / p.sum()
-    mass, last = 0.0, 0.0
-    for value in sorted(p.tolist(), reverse=True):
-        mass, last = mass + value, value
-        if mass >= top_p - 1e-9:
-            break
-    p = torch.where(p < last - 1e-12, 0.0, p)
-    return p / p.sum()
-
-
-ROWS = {
-    "random": torch.randn(40, generator=torch.Generator().manual_seed(0)) * 3,
-    "ties": torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0, 2.0, 2.0, -1.0]),
-    "uniform": torch.zeros(16),
-    "minus infinity": torch.tensor([-torch.inf, 0.5, -torch.inf, 2.0, 0.3, -torch.inf]),
-    "one": torch.tensor([-torch.inf, -torch.inf, 4.0, -torch.inf]),
-    "huge": torch.tensor([1e4, 9e3, -1e4, 1e4]),
-}
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.83, 0.5, 1e-6], ids="p {}".format)
-@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 16, 10_000], ids="k {}".format)
-@pytest.mark.parametrize("name", ROWS)
-def test_top_k_and_top_p_against_sorting(name, top_k, top_p):
-    logits = torch.stack([ROWS[name], ROWS[name].flip(0)])
-    before = logits.clone()
-    p = keep_probable(logits, top_k, top_p)
-    assert torch.equal(logits, before)  # not filtered in place
-    for row, mine in zip(logits, p, strict=True):
-        direct = direct_probabilities(row, top_k, top_p)
-        assert torch.equal(mine > 0, direct > 0)
-        torch.testing.assert_close(mine.double(), direct, atol=1e-6, rtol=1e-5)
-
-
-def test_draw_never_takes_a_code_without_mass():
-    p = torch.tensor([[0.0, 0.0, 0.3, 0.0, 0.7, 0.0], [1.0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
-    top = float(np.nextafter(np.float32(1), np.float32(0)))
-    for u, expected in ((0.0, [2, 0, 5]), (0.2999, [2, 0, 5]), (0.3001, [4, 0, 5]), (top, [4, 0, 5])):
-        assert draw(p, torch.full((3,), u)).tolist() == expected
-    wide = torch.zeros(2, 16384)
-    wide[:, 5:16000] = torch.rand(2, 15995) * 1e-5
-    assert draw(wide, torch.tensor([0.0, top])).tolist() == [5, 15999]  # whatever the sum is
-
 
 def chi_square(codes, p):
     expected = p.double() * codes.numel()
     return float(((codes.flatten().bincount(minlength=len(p)) - expected) ** 2 / expected).sum())
 
 
-def test_draw_follows_the_distribution():
-    p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
-    noise = uniforms(7, 0, 200, 100)
-    assert noise.dtype == torch.float32 and 0 <= noise.min() and noise.max() < 1
-    assert chi_square(draw(p.expand(20_000, -1), noise.flatten()), p) < 20.5  # 5 degrees of freedom, 1 in 1000
+def test_uniform_numbers():
+    noise = uniforms(7, 3, 4, 1000)
+    assert noise.shape == (4, 1000) and noise.dtype == torch.float32 and 0 <= noise.min() and noise.max() < 1
+    assert torch.equal(noise[2], uniforms(7, 5, 1, 1000)[0]) and torch.equal(noise[:, :9], uniforms(7, 3, 4, 9))
+    assert not torch.equal(noise, uniforms(8, 3, 4, 1000)) and abs(float(noise.mean()) - 0.5) < 0.02
+    assert chi_square((noise * 20).long(), torch.full((20,), 0.05)) < 43.8  # 19 degrees of freedom, 1 in 1000
 
 
 def test_generated_codes_follow_the_model():
@@ -177,6 +127,26 @@ def test_images_do_not_depend_on_their_neighbours(scale):
     assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batches_of_1_3_and_8_at_the_width_of_a_real_model(dtype):
+    """Matrix libraries choose their kernel by the size of the batch: rows must not notice."""
+    model = small_gpt(dim=768, n_head=12, n_kv_head=12, ffn_dim=2048, vocab_size=16384, n_layer=1).to(dtype)
+    cond = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    codes = generate(model, cond, cfg_scale=2.0, seed=1)
+    for batch in (1, 3):
+        for first in range(0, 8, batch):
+            part = generate(model, cond[first : first + batch], cfg_scale=2.0, seed=1, first_index=first)
+            assert torch.equal(part, codes[first : first + batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_follows_float32(dtype):
+    model, cond = small_gpt(dim=400, n_kv_head=4, ffn_dim=96), torch.tensor([0, 1, 2])  # heads of 100
+    codes = generate(model, cond, cfg_scale=2.0, greedy=True)
+    low = generate(model.to(dtype), cond, cfg_scale=2.0, greedy=True)
+    assert (low == codes).float().mean() > 0.5 and (low[:, 0, 0] == codes[:, 0, 0]).all()
+
+
 def test_greedy():
     model, cond = small_gpt().train(), torch.tensor([0, 1, 2])
     codes = generate(model, cond, greedy=True, seed=0)
@@ -189,6 +159,7 @@ def test_greedy():
     (dict(temperature=0.0), "temperature has to be above 0"), (dict(temperature=-1.0), "temperature has to be above 0"),
     (dict(temperature=float("nan")), "temperature"), (dict(temperature=float("inf")), "temperature"),
     (dict(top_k=-1), "top_k has to be 0"), (dict(top_p=0.0), "top_p has to be in"), (dict(top_p=1.1), "top_p"),
+    (dict(seed=-1), "seed and first_index"), (dict(first_index=2**64), "seed and first_index"),
     (dict(top_p=float("nan")), "top_p"), (dict(cfg_stop=-2), "cfg_stop has to be -1"),
     (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(cfg_scale=float("inf")), "cfg_scale"),
     (dict(grid=(4, 2)), r"paints \(2, 4\), not \(4, 2\)"), (dict(cond=torch.tensor([0, 4])), "labels .* in 0..3"),
@@ -197,6 +168,48 @@ def test_greedy():
 def test_requests_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         generate(small_gpt(), **dict(dict(cond=torch.tensor([0])), **settings))
+
+
+def test_buffers_are_kept_for_the_next_request_and_follow_the_weights():
+    model, cond = small_gpt(), torch.tensor([0, 1, 2])
+    first = generate(model, cond, cfg_scale=2.0, seed=1)
+    kept = LOOPS[model][1]
+    assert torch.equal(first, small_codes := first.clone())
+    second = generate(model, cond.flip(0), cfg_scale=2.0, seed=2)
+    assert LOOPS[model][1] is kept and torch.equal(first, small_codes) and not torch.equal(first, second)
+    assert torch.equal(generate(model, cond, cfg_scale=2.0, seed=1), first)  # nothing is left of the second
+    with torch.no_grad():
+        model.tok_embeddings.weight.mul_(-1)  # a training step
+    changed = generate(model, cond, cfg_scale=2.0, seed=1)
+    assert LOOPS[model][1] is kept and not torch.equal(changed, first)
+    release(model)
+    assert model not in LOOPS and torch.equal(generate(model, cond, cfg_scale=2.0, seed=1), changed)
+    kept = LOOPS[model][1]
+    for settings in (dict(cfg_scale=2.5), dict(cfg_scale=2.0, cfg_stop=3), dict(), dict(top_k=2), dict(greedy=True)):
+        generate(model, cond, **settings)
+        assert LOOPS[model][1] is not kept
+        kept = LOOPS[model][1]
+    model.set_grid((4, 4))
+    assert generate(model, cond, greedy=True).shape == (3, 4, 4) and len(LOOPS) == 1
+    before = len(LOOPS)
+    del model, kept
+    gc.collect()
+    assert len(LOOPS) == before - 1  # it does not keep a model alive
+
+
+def test_text_without_a_mask_after_text_with_one():
+    model, (cond, mask) = small_gpt(**TEXT), text_condition()
+    whole = generate(model, cond, greedy=True)
+    generate(model, cond, mask, greedy=True)
+    assert torch.equal(generate(model, cond, greedy=True), whole)
+    assert torch.equal(whole, direct_greedy(model, cond, None, 1.0, 0))
+
+
+def test_autocast_around_it_changes_nothing():
+    model, cond = small_gpt(), torch.tensor([0, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = generate(model, cond, seed=1)
+    assert torch.equal(codes, generate(model, cond, seed=1))
 
 
 def test_the_null_class_can_be_painted():
@@ -249,7 +262,7 @@ def tile(path, column, row, h=96, w=192, text=16):
 def test_command_writes_a_labelled_grid(files, monkeypatch, capsys):
     out, settings = files / "new" / "grid.png", ("--cfg-scale", 3, "--top-k", 5, "--seed", 2, "--batch-size", 4)
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 6, "--out", out, *settings)
-    assert "6 images in" in capsys.readouterr().out and Image.open(out).size == (2 * 100 + 4, 3 * 68 + 4)
+    assert "6 images, " in capsys.readouterr().out and Image.open(out).size == (2 * 100 + 4, 3 * 68 + 4)
     vq, gpt = VQModel.from_pretrained(files / "vq.pt"), GPT.from_pretrained(files / "gpt.pt")
     images, _ = paint(vq, gpt, torch.tensor([0, 0, 1, 1, 2, 2]), cfg_scale=3.0, top_k=5, seed=2)
     for i in range(6):
@@ -272,12 +285,114 @@ def test_command_reads_published_files(files, monkeypatch):
     assert Image.open(files / "a.png").size == (3 * 52 + 4, 116 + 4)
 
 
+def long_run(files, monkeypatch, name, *more):
+    run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--batch-size", 2, "--top-k", 9,
+        "--npz", files / f"{name}.npz", "--folder", files / name, "--out", files / f"{name}.png", *more)  # fmt: skip
+    with np.load(files / f"{name}.npz") as content:
+        return content["arr_0"], content["arr_1"]
+
+
+def test_npz_and_folder(files, monkeypatch):
+    images, labels = long_run(files, monkeypatch, "a")
+    assert images.shape == (11, 4, 8, 3) and images.dtype == np.uint8
+    assert sorted(np.bincount(labels)) == [3, 4, 4] and (np.diff(labels) < 0).any()  # balanced, shuffled
+    vq, gpt = VQModel.from_pretrained(files / "vq.pt"), GPT.from_pretrained(files / "gpt.pt")
+    np.testing.assert_array_equal(images, paint(vq, gpt, torch.from_numpy(labels), cfg_scale=2.0, top_k=9)[0])
+    assert sorted(path.name for path in (files / "a").iterdir()) == [f"{i:06}.png" for i in range(11)]
+    for i in range(11):
+        np.testing.assert_array_equal(np.asarray(Image.open(files / "a" / f"{i:06}.png")), images[i])
+    np.testing.assert_array_equal(tile(files / "a.png", 2, 1, 48, 96), images[10])
+    assert not (files / "a.npz.parts").exists() and len(list(files.glob("*.tmp"))) == 0
+
+
+def test_size(files, monkeypatch):
+    images, labels = long_run(files, monkeypatch, "a", "--size", 6)
+    vq, gpt = VQModel.from_pretrained(files / "vq.pt"), GPT.from_pretrained(files / "gpt.pt")
+    codes = generate(gpt, torch.from_numpy(labels), cfg_scale=2.0, top_k=9)
+    wanted = torch.nn.functional.interpolate(vq.decode(codes), (6, 6), mode="bicubic", antialias=False)
+    assert images.shape == (11, 6, 6, 3)
+    assert np.abs(images - (127.5 * wanted + 128).clamp(0, 255).permute(0, 2, 3, 1).detach().numpy()).max() <= 1
+
+
+def test_an_interrupted_run_goes_on(files, monkeypatch, capsys):
+    whole, labels = long_run(files, monkeypatch, "a")
+    decode, painted = sample.decode, []
+
+    def die_at_the_fourth(*args):
+        if len(painted) == 3:
+            raise KeyboardInterrupt
+        painted.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(sample, "decode", die_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        long_run(files, monkeypatch, "b")
+    assert not (files / "b.npz").exists() and len(list((files / "b.npz.parts").glob("*.npy"))) == 3
+    (files / "b.npz.parts" / "00000006.tmp").write_bytes(b"cut short")
+    monkeypatch.setattr(sample, "decode", lambda *args: painted.append(1) or decode(*args))
+    with pytest.raises(ValueError, match="unfinished run of top_k 9, not 8: finish or remove"):
+        long_run(files, monkeypatch, "b", "--top-k", 8)
+    with pytest.raises(ValueError, match="b.npz.parts is an unfinished run of labels .*, not"):
+        long_run(files, monkeypatch, "b", "--n", 12)
+    images, same = long_run(files, monkeypatch, "b")
+    assert len(painted) == 6 and np.array_equal(images, whole) and np.array_equal(labels, same)
+    assert "5 images (6 were there already), " in capsys.readouterr().out
+    for name in ("b", "a"):
+        with pytest.raises(ValueError, match=f"{name}.npz is there already"):
+            long_run(files, monkeypatch, name)
+        (files / f"{name}.npz").unlink()
+        with pytest.raises(ValueError, match=f"{name} is not empty"):
+            long_run(files, monkeypatch, name)
+
+
+def test_a_refused_request_leaves_nothing(files, monkeypatch):
+    with pytest.raises(ValueError, match="top_p"):
+        long_run(files, monkeypatch, "a", "--top-p", 0)
+    assert not (files / "a.npz.parts").exists() and not (files / "a").exists()
+
+
+@pytest.mark.parametrize("how", ["npz", "grid"])
+def test_two_processes_paint_what_one_does(files, monkeypatch, how):
+    """As torchrun starts them."""
+    more = ["--npz", files / "two.npz", "--folder", files / "two"] if how == "npz" else []
+
+    def process(rank, port):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+        )
+        run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--batch-size", 2, "--top-k", 9,
+            "--out", files / "two.png", *more)  # fmt: skip
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=(rank, port)) for rank in range(2)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(60)
+    assert [p.exitcode for p in processes] == [0, 0]
+    if how == "npz":
+        images, labels = long_run(files, monkeypatch, "one")
+        with np.load(files / "two.npz") as content:
+            assert np.array_equal(content["arr_0"], images) and np.array_equal(content["arr_1"], labels)
+        assert len(list((files / "two").iterdir())) == 11 and not (files / "two.npz.parts").exists()
+        assert (files / "two.png").read_bytes() == (files / "one.png").read_bytes()
+    else:
+        run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--top-k", 9,
+            "--out", files / "one.png")  # fmt: skip
+        assert (files / "two.png").read_bytes() == (files / "one.png").read_bytes()
+        assert not (files / "two.png.parts").exists()
+
+
 @pytest.mark.parametrize("options, message", [
     (["--gpt", "c2i_XXL.pt"], "does not tell its grid"), (["--grid", "2by4"], "ROWSxCOLUMNS"),
     (["--grid", "2x"], "ROWSxCOLUMNS"), (["--grid", "²x2"], "ROWSxCOLUMNS"), (["--classes", "horse"], "'horse' is"),
     (["--vq", "vq_ds2_c2i.pt"], "was trained on codes of vq.pt, and .*vq_ds2_c2i.pt is another"),
     (["--gpt", "c2i_XXL.pt", "--vq", "vq_12.pt", "--grid", "2x4"], "knows 16 codes, .*vq_12.pt has 12"),
     (["--gpt", "text.pt"], "wants text"), (["--n", 0], "--n, --batch-size"), (["--columns", 0], "--n, --batch-size"),
+    (["--size", 0], "--n, --batch-size"),
     (["--batch-size", 0], "--n, --batch-size"), (["--top-p", 2], "top_p"), (["--vq", "none.pt"], "no such file"),
     (["--gpt", "vq.pt"], "not a GPT"), (["--device", "cuda:77"], "--device cuda:77"), (["--device", "gpu"], "--dev"),
 ], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
