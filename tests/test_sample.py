@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 
+import bench_sample
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 import sample
 from common import cli, save_file
 from encode import file_sha256
-from gpt import GPT, GPTConfig
+from gpt import GPT, PRESETS, GPTConfig
 from sample import LOOPS, generate, paint, parse_classes, release, uniforms
 from vq import VQConfig, VQModel
 
@@ -408,3 +409,17 @@ def test_command_refuses_in_one_sentence(files, monkeypatch, capsys, options, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and re.match(f"sample.py: error: .*{message}", error), error
     assert not (files / "no.png").exists()
+
+
+# The benchmark
+
+def test_the_benchmark_compares_the_same_computation(monkeypatch, capsys):
+    """Its baseline, made greedy, draws the codes that generate() draws; and the script runs."""
+    monkeypatch.setattr(bench_sample, "TOP_K", 1)
+    model, cond = bench_sample.make_model(PRESETS["tiny"] | dict(vocab_size=500), (2, 4), torch.float32, "cpu"), [5, 70]
+    baseline = bench_sample.FullCache(model, 2)(torch.tensor(cond))
+    codes = generate(model, torch.tensor(cond), cfg_scale=bench_sample.CFG, greedy=True)
+    assert torch.equal(baseline, codes.flatten(1)) and len(codes.unique()) > 1
+    rows = bench_sample.on_cpu(PRESETS["tiny"] | dict(vocab_size=500), (2, 4), 1, 1)
+    assert [row["method"] for row in rows] == ["ours", "full cache", "products", "recompute"] * 2
+    assert all(row["seconds"] > 0 for row in rows) and "full cache" in capsys.readouterr().out
