@@ -1,6 +1,6 @@
 """One step of sampling: guidance, temperature, top-k, top-p and the draw, one program per image, nothing sorted.
 
-    x = uncond + (cond - uncond) cfg_scale     w = exp((x - max x) / temperature)     code: sum_{j<=code} w_j > u sum_j w_j
+    x = uncond + (cond - uncond) cfg_scale   w = exp((x - max x) / temperature)    code: sum_{j<=code} w_j > u sum_j w_j
 
 Bytes: the logits once, B V or 2 B V elements, and 8 per code. FLOPs: about 3 V for every one of at most 32 steps of a
 bisection, one each for top-k and top-p. Bound by their latency, not by memory: a step is one reduction over the row,
@@ -161,7 +161,7 @@ def _draw_codes_kernel(
 
 
 def launch_config(V):
-    """The row as ROWS x COLS, at most 32 elements per thread. Unfused, guidance rounds as PyTorch does: the same ties."""
+    """The row as ROWS x COLS, up to 32 elements per thread. Unfused, guidance rounds as PyTorch does: the same ties."""
     block = triton.next_power_of_2(V)
     config = dict(ROWS=max(block // 128, 1), COLS=min(block, 128), num_warps=min(max(block // 1024, 1), 16))
     return dict(config, UNIT=_unit(V), LARGEST=LARGEST, enable_fp_fusion=False)
@@ -196,9 +196,7 @@ def _(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def draw_codes(
-    logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False
-):
+def draw_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False):
     """Draw a code per image: top-k, then top-p, then the cumulative distribution of what they keep inverted at u.
 
     logits [R, V] float32, bfloat16 or float16; noise [B, L] float in [0, 1), whose column index, int64 [1] on the same
