@@ -159,7 +159,8 @@ def generate(
     """
     grid = tuple(grid or model.config.grid)
     check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index)
-    batch, length = len(cond), grid[0] * grid[1]
+    device, batch, length = model.output.weight.device, len(cond), grid[0] * grid[1]
+    cond, cond_mask = cond.to(device), None if cond_mask is None else cond_mask.to(device)
     guided = 0 if cfg_scale == 1 else length if cfg_stop < 0 else min(cfg_stop, length)  # codes drawn with guidance
     rows, *later = (2 * batch if i < guided else batch for i in range(length))
     if guided:
@@ -167,7 +168,7 @@ def generate(
         cond_mask = None if cond_mask is None else cond_mask.repeat(2, 1)  # "no text" hides the same positions
     noise = None if greedy else uniforms(seed, first_index, batch, length)
     settings = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
-    with evaluating(model), torch.autocast(cond.device.type, enabled=False), model.packed(rows):
+    with evaluating(model), torch.autocast(device.type, enabled=False), model.packed(rows):
         loop = find_loop(model, batch, rows, frozenset(later), settings)
         loop.prefill(model, cond, cond_mask, noise)
         for rows in tqdm(later, desc="codes", initial=1, total=length, disable=not progress):
@@ -198,19 +199,18 @@ def paint_batches(vq, model, cond, cond_mask=None, starts=None, batch_size=64, s
     Yields (start, uint8 images [b, H, W, 3], codes int64 [b, h, w], seconds for codes, seconds for decoding). On a GPU
     the last batch is filled up: it takes the same kernels, and so rounds, as the others.
     """
-    n, graphs = len(cond), cond.device.type == "cuda"
+    n, device = len(cond), model.output.weight.device
     starts = range(0, n, batch_size) if starts is None else starts
     many = len(starts) > 1
     for start in tqdm(starts, desc="images", unit="batch", disable=not (progress and many)):
-        index = torch.arange(start, min(start + batch_size, n), device=cond.device)
-        kept = len(index)
-        if graphs and n > batch_size:
-            index = torch.arange(start, start + batch_size, device=cond.device).clamp(max=n - 1)
+        kept = min(batch_size, n - start)
+        rows = batch_size if device.type == "cuda" and n > batch_size else kept
+        index = torch.arange(start, start + rows, device=cond.device).clamp(max=n - 1)
         began, mask = time.perf_counter(), None if cond_mask is None else cond_mask[index]
         bar = progress and not many
         codes = generate(model, cond[index], mask, first_index=start, progress=bar, **settings)[:kept]
-        if graphs:
-            torch.cuda.synchronize(cond.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         drawn = time.perf_counter()
         images = decode(vq, codes, size)
         yield start, images, codes, drawn - began, time.perf_counter() - drawn
@@ -387,7 +387,8 @@ def main():
     if rank == 0:
         check_outputs(args, parts.folder)
         files = {name: [str(path), path.stat().st_size] for name, path in (("vq", args.vq), ("gpt", args.gpt))}
-        parts.open(dict(settings, **files, dtype=dtype, grid=gpt.config.grid, labels=labels.tolist()))
+        what = dict(n=len(labels), classes=args.classes, shuffled=bool(args.npz), grid=gpt.config.grid, dtype=dtype)
+        parts.open(settings | files | what)
         if args.folder:
             args.folder.mkdir(parents=True, exist_ok=True)
     if processes > 1:

@@ -172,6 +172,7 @@ def test_requests_that_cannot_be_are_refused(settings, message):
 
 
 def test_buffers_are_kept_for_the_next_request_and_follow_the_weights():
+    LOOPS.clear()
     model, cond = small_gpt(), torch.tensor([0, 1, 2])
     first = generate(model, cond, cfg_scale=2.0, seed=1)
     kept = LOOPS[model][1]
@@ -192,10 +193,9 @@ def test_buffers_are_kept_for_the_next_request_and_follow_the_weights():
         kept = LOOPS[model][1]
     model.set_grid((4, 4))
     assert generate(model, cond, greedy=True).shape == (3, 4, 4) and len(LOOPS) == 1
-    before = len(LOOPS)
     del model, kept
     gc.collect()
-    assert len(LOOPS) == before - 1  # it does not keep a model alive
+    assert len(LOOPS) == 0  # it does not keep a model alive
 
 
 def test_text_without_a_mask_after_text_with_one():
@@ -333,7 +333,7 @@ def test_an_interrupted_run_goes_on(files, monkeypatch, capsys):
     monkeypatch.setattr(sample, "decode", lambda *args: painted.append(1) or decode(*args))
     with pytest.raises(ValueError, match="unfinished run of top_k 9, not 8: finish or remove"):
         long_run(files, monkeypatch, "b", "--top-k", 8)
-    with pytest.raises(ValueError, match="b.npz.parts is an unfinished run of labels .*, not"):
+    with pytest.raises(ValueError, match="b.npz.parts is an unfinished run of n 11, not 12"):
         long_run(files, monkeypatch, "b", "--n", 12)
     images, same = long_run(files, monkeypatch, "b")
     assert len(painted) == 6 and np.array_equal(images, whole) and np.array_equal(labels, same)
