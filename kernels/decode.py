@@ -7,11 +7,12 @@ without groups: bound by memory, for short prefixes by its latency. Predicted fo
 and 5 us. A product with the whole cache under a mask would move twice the bytes over a run.
 
 One program per query head and sample: a vector times a matrix has no use for tensor cores. Each of the BLOCK_N rows of
-a block has a softmax of its own over the keys that it meets, and these are merged once, after the loop: it holds no
-barrier, and K and V of a block, 32 KiB in 16 bits, are under way together. The position is read on the device, and no
-number of programs depends on it: one captured CUDA graph serves every step. Where programs are few and the cache is
-long, each prefix is cut into SPLITS parts, which a second kernel adds. Where cache rows are multiples of 8 channels,
-loads take 16 bytes: strides are constants, and the mask takes in a row's pad, whose values are dropped.
+a block has a softmax of its own over the keys that it meets, and these are merged once, after the loop. K and V come by
+asynchronous copies, two blocks or 32 KiB at a time: loads into registers would be issued, and waited for, one by one to
+save registers. The position is read on the device, and no number of programs depends on it: one captured CUDA graph
+serves every step. Where programs are few and the cache is long, each prefix is cut into SPLITS parts, which a second
+kernel adds. Where cache rows are multiples of 8 channels, copies take 16 bytes: strides are constants, and the mask
+takes in a row's pad, whose values are dropped.
 """
 
 import torch
@@ -35,9 +36,9 @@ def decode_attention_ref(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv
         if not 0 <= at < S:
             raise ValueError(f"decode_attention: position {at} is not within a cache of {S} tokens")
     angles = [table[at] if on_cpu else table.index_select(0, position) for table in (cos, sin)]
-    turned = torch.view_as_complex(x[:, : n_head + n_kv_head]) * torch.complex(*angles).to(wide.to_complex())
-    q, k = torch.view_as_real(turned).flatten(2).split([n_head, n_kv_head], dim=1)  # B, H or G, D
-    v = x[:, n_head + n_kv_head :].flatten(2)
+    turned = torch.view_as_complex(x[:, : n_head + n_kv_head]) * torch.complex(*angles)
+    turned = torch.view_as_real(turned).view(B, -1, D)
+    q, k, v = turned[:, :n_head], turned[:, n_head:], x[:, n_head + n_kv_head :].flatten(2)  # B, H or G, D
     if on_cpu:
         k_cache[:, :, at, :D], v_cache[:, :, at, :D] = k, v
     else:
@@ -100,7 +101,7 @@ def _decode_attention_kernel(
     size = tl.cdiv(tl.cdiv(position - first, BLOCK_N), SPLITS) * BLOCK_N
     first += split * size
     last = tl.minimum(first + size, position)
-    for start_n in range(first, last, BLOCK_N):
+    for start_n in tl.range(first, last, BLOCK_N, num_stages=3):  # copied by way of shared memory, two blocks ahead
         seen = offs_n < last - start_n
         if HIDDEN:
             seen &= offs_n >= hidden - start_n
@@ -142,15 +143,15 @@ def _add_parts_kernel(
 
 
 def launch_config(D):
-    """32 channels of K and as many of V per thread on their way at once."""
+    """32 channels of K and as many of V per thread and block."""
     block_d = max(16, triton.next_power_of_2(D))
-    return dict(D=D, SCALE=D**-0.5, BLOCK_N=min(8192 // block_d, 128), BLOCK_D=block_d, num_warps=8)
+    return dict(D=D, SCALE=D**-0.5, BLOCK_N=min(4096 // block_d, 128), BLOCK_D=block_d, num_warps=4)
 
 
 def count_splits(programs, blocks, multiprocessors):
-    """Parts of a prefix, from sizes alone: what two programs per multiprocessor leave idle, but at least four blocks of
-    the cache in a part, as the second kernel takes about as long as two. A power of two."""
-    return 1 << (max(min(2 * multiprocessors // programs, blocks // 4), 1).bit_length() - 1)
+    """Parts of a prefix, a power of two, from sizes alone: to get two programs per multiprocessor, but a part for no
+    fewer than eight of the cache's blocks, which take about as long as the second kernel (predicted, not measured)."""
+    return 1 << (max(min(2 * multiprocessors // programs, blocks // 8), 1).bit_length() - 1)
 
 
 def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden):
@@ -205,19 +206,21 @@ def decode_attention(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_hea
     No gradient. Raises ValueError where the shapes disagree, and for a position outside of the cache on a CPU.
     """
     n_kv_head = n_kv_head or n_head
-    shapes = [None if x is None else tuple(x.shape) for x in (qkv, cos, sin, k_cache, v_cache, position, hidden)]
-    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
-    fits = qkv.dim() == 2 and qkv.shape[1] == D * (n_head + 2 * n_kv_head) and D % 2 == 0 and n_head % n_kv_head == 0
-    fits = fits and k_cache.dim() == 4 and k_cache.shape == v_cache.shape and shapes[3][:2] == (len(qkv), n_kv_head)
-    fits = fits and shapes[3][3] >= D and cos.shape == sin.shape and shapes[1][1:] == (D // 2,)
-    if not fits or len(cos) < shapes[3][2] or shapes[5] != (1,) or shapes[6] not in (None, (len(qkv),)):
-        what = "qkv, cos, sin, k_cache, v_cache, position, hidden"
-        raise ValueError(f"decode_attention: {what} are {shapes} for {n_head} and {n_kv_head} heads")
+    heads, (*batch, S, padded) = n_head + 2 * n_kv_head, k_cache.shape
+    B, D = len(qkv), qkv.shape[-1] // heads
+    fits = qkv.dim() == 2 and qkv.shape[1] == D * heads and D % 2 == 0 and n_head % n_kv_head == 0
+    fits = fits and batch == [B, n_kv_head] and padded >= D and v_cache.shape == k_cache.shape
+    fits = fits and cos.shape == sin.shape and cos.dim() == 2 and cos.shape[1] == D // 2 and len(cos) >= S
+    if not fits or position.shape != (1,) or (hidden is not None and hidden.shape != (B,)):
+        tensors = qkv, cos, sin, k_cache, v_cache, position, hidden
+        names = "qkv, cos, sin, k_cache, v_cache, position, hidden"
+        shapes = [None if x is None else tuple(x.shape) for x in tensors]
+        raise ValueError(f"decode_attention: {names} are {shapes} for {n_head} and {n_kv_head} heads")
     why = "" if D % 4 == 0 and 16 <= D <= 128 else f"a head of {D} channels is no multiple of 4 from 16 to 128"
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         why = why or "the caches have different strides, or rows with gaps"
     args = qkv.detach(), cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden
     kernel = use_triton(qkv, why)
-    if not kernel and len(qkv) and not torch.compiler.is_compiling():  # an operator takes 50 us on a CPU
+    if not kernel and B and not torch.compiler.is_compiling():  # an operator takes 50 us on a CPU
         return decode_attention_ref(*args)
     return _decode_attention(*args, kernel)

@@ -27,8 +27,9 @@ import test_compile  # noqa: E402 - needs the path above
 
 import kernels  # noqa: E402
 
-codebook, rms_norm_file, swiglu_file, rope_file = (
-    importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu", "rope_attention")
+codebook, rms_norm_file, swiglu_file, rope_file, decode_file, sampling_file = (
+    importlib.import_module(f"kernels.{name}")
+    for name in ("codebook", "rms_norm", "swiglu", "rope_attention", "decode", "sampling")
 )
 DEVICE = "cuda"
 TOKENS = 65536
@@ -38,7 +39,7 @@ SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 SEARCH = {(8, True): (1.50, 32, 67), (256, False): (6.97, 768, 1090)}
 # by padded head and whether keys are turned inside: instructions per score of fwd, dq, dkv on sm_90, without padding
 ATTENTION = {(64, True): (11.0, 10.6, 12.4), (64, False): (8.2, 8.1, 9.8), (128, False): (12.1, 15.3, 17.3)}
-RIVALS = ("flash", "cudnn", "efficient", "flex")
+RIVALS = ("flash", "cudnn", "efficient", "flex", "prefix")
 
 
 @dataclasses.dataclass
@@ -67,6 +68,8 @@ class Case:
     attention: tuple = ()  # (B, T, H, D)
     rivals: dict = dataclasses.field(default_factory=dict)  # more contenders, by a name of RIVALS
     tolerance: float = 2e-2
+    latency_ms: float = 0  # predicted beside bytes and FLOPs
+    captured: bool = False  # timed as the replay of a CUDA graph, which is how the sampler runs it
 
     def floor_ms(self, top):
         return 1e3 * max(self.bytes / top.copy, self.flops / top.matmul)
@@ -75,7 +78,7 @@ class Case:
         if self.attention:
             return self.predicted_attention_ms(top)
         if not self.search:
-            return self.floor_ms(top) / (SHARE_BWD if "bwd" in self.direction else SHARE_FWD)
+            return self.floor_ms(top) / (SHARE_BWD if "bwd" in self.direction else SHARE_FWD) + self.latency_ms
         N, K, D, l2 = self.search  # maxima and tensor cores one after the other; FMNMX issues every second cycle
         half, depth, rescan = SEARCH[D, l2]
         issue = top.multiprocessors * 4 * top.clock
@@ -217,8 +220,78 @@ def attention_case(B, T, H, D):
         )  # fmt: skip
 
 
+def decode_cases():
+    """One token per row: 8 images with guidance, late and halfway, one image, many. 2 us are for trips to memory."""
+    for B, S, t, H, D in (
+        (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
+        (256, 256, 128, 16, 64),
+    ):  # fmt: skip
+        padded, where = -(-D // 8) * 8, {}
+
+        def make(B=B, S=S, t=t, H=H, D=D, padded=padded, where=where):
+            angles = torch.randn(S, D // 2, device=DEVICE)
+            where.update(table=(angles.cos(), angles.sin()), position=torch.tensor([t], device=DEVICE))
+            where["seen"] = torch.arange(S, device=DEVICE) <= t
+            caches = [torch.randn(B, H, S, padded, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+            return [torch.randn(B, 3 * H * D, device=DEVICE, dtype=torch.bfloat16), *caches], None
+
+        def ours(qkv, k, v, H=H, where=where):
+            return kernels.decode_attention(qkv, *where["table"], k, v, where["position"], H)
+
+        def eager(qkv, k, v, H=H, where=where):
+            return decode_file.decode_attention_ref(qkv, *where["table"], k, v, where["position"], H, H, None)
+
+        def sdpa(qkv, k, v, end, H=H, D=D, where=where):
+            """Over the first `end` keys, which the host has to know, or over all of them under a mask."""
+            angles = (table[where["position"]] for table in where["table"])
+            q, *new = rope_file._heads(qkv[:, None], *angles, H, H)
+            for cache, rows in zip((k, v), new, strict=True):
+                cache[..., :D].index_copy_(2, where["position"], rows)
+            k, v, seen = k[:, :, :end, :D], v[:, :, :end, :D], None if end else where["seen"][None, None, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(1)
+
+        yield Case(
+            "decode_attention", f"{B}x{t}/{S}x{H}x{D}", "bfloat16", "fwd", make, ours, eager,
+            torch.compile(functools.partial(sdpa, end=None)), 4 * B * H * t * padded, 4 * B * H * t * D,
+            rivals=dict(prefix=lambda sdpa=sdpa, t=t: torch.compile(functools.partial(sdpa, end=t + 1))),
+            latency_ms=2e-3, captured=True,
+        )  # fmt: skip
+
+
+def drawing_cases():
+    """Guided rows of 16,384 logits against topk, a sort and a multinomial draw, as LlamaGen has it; bound by latency."""
+
+    def sorted_draw(logits, noise, index, top_p):
+        cond, uncond = logits.float().chunk(2)
+        x = uncond + (cond - uncond) * 2.0
+        x = x.masked_fill(x < x.topk(2000).values[:, -1:], -torch.inf)
+        if top_p < 1:
+            x, order = x.sort(descending=True)
+            mass = x.softmax(-1).cumsum(-1)
+            x = x.masked_fill(mass - x.softmax(-1) >= top_p, -torch.inf).scatter(1, order, x)
+        return x.softmax(-1).multinomial(1)[:, 0].repeat(2)
+
+    for B in (8, 128):
+        for top_p, latency in ((1.0, 6e-3), (0.9, 11e-3)):
+
+            def make(B=B):
+                logits = 3 * torch.randn(2 * B, 16384, device=DEVICE, dtype=torch.bfloat16)
+                return [logits, torch.rand(B, 576, device=DEVICE), torch.tensor([7], device=DEVICE)], None
+
+            def with_settings(fn, top_p=top_p):
+                return lambda logits, noise, index: fn(
+                    logits, noise, index, cfg_scale=2.0, top_k=2000, top_p=top_p, guided=True
+                )
+
+            yield Case(
+                "draw_codes", f"{2 * B}x16384 top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
+                with_settings(kernels.draw_codes), with_settings(sampling_file.draw_codes_ref),
+                functools.partial(sorted_draw, top_p=top_p), 4 * B * 16384, latency_ms=latency, captured=True,
+            )  # fmt: skip
+
+
 def cases():
-    return [*search_cases(), *rms_cases(), *swiglu_cases(), *attention_cases()]
+    return [*search_cases(), *rms_cases(), *swiglu_cases(), *attention_cases(), *decode_cases(), *drawing_cases()]
 
 
 def measure_ceilings():
@@ -252,6 +325,10 @@ def check(case, inputs, upstream):
         true = (z @ codes.t() - (0 if case.search[3] else codes.square().sum(1) / 2)).argmax(1)
         assert torch.equal(got[:4096], true), f"{(got[:4096] != true).sum()} of 4096 differ from float64"
         return
+    if case.op == "draw_codes":  # exp rounds otherwise in PyTorch: a draw at the edge of two codes may differ
+        same = (got == case.eager(*inputs)).float().mean()
+        assert same > 0.99, f"{same:.2%} of the codes are those of the PyTorch path"
+        return
     part = [x[:2] if case.attention else x[:4096] if len(x) == TOKENS else x for x in inputs]
     fewer = upstream and [g[: 2 if case.attention else 4096] for g in upstream]
     got = step(case.ours, part, fewer, case.direction)()
@@ -260,7 +337,15 @@ def check(case, inputs, upstream):
         assert (a - b).abs().max() <= case.tolerance * b.abs().max(), f"{case.op} {case.shape} {case.direction}"
 
 
-def time_one(fn, inputs, upstream, direction):
+def replay(call):
+    """What runs call on a GPU without the host: a captured CUDA graph of it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def time_one(fn, inputs, upstream, direction, captured=False):
     """p50, p20, p80 in ms and the peak memory in MiB above the inputs; None where it does not run or fit."""
     from triton.testing import do_bench
 
@@ -273,6 +358,7 @@ def time_one(fn, inputs, upstream, direction):
         call()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        call = replay(call) if captured else call
         return *do_bench(call, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8]), peak
     except RuntimeError as error:
         print(f"  {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -291,7 +377,7 @@ def measure(case, top, about):
     times = {}
     for name, make in (contenders | case.rivals).items():
         torch._dynamo.reset()  # what was compiled for one backend of attention is not for the next
-        times[name] = time_one(make(), inputs, upstream, case.direction)
+        times[name] = time_one(make(), inputs, upstream, case.direction, case.captured)
     row.update(zip(("ours_ms", "p20_ms", "p80_ms", "peak_mib"), times["ours"], strict=True))
     row["share_of_floor"] = row["floor_ms"] / row["ours_ms"]
     row["gb_per_s"], row["tflop_per_s"] = case.bytes / row["ours_ms"] / 1e6, case.flops / row["ours_ms"] / 1e9

@@ -1,7 +1,7 @@
 """Every kernel and configuration that may be picked, compiled ahead of time for four GPUs; needs none of them.
 
 Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
-search and in attention. `python tests/test_compile.py` prints the table.
+search and in attention, copies of 16 bytes of cached keys and values. `python tests/test_compile.py` prints the table.
 """
 
 import collections
@@ -56,7 +56,7 @@ class FakeDriver:
 
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
-    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases):
+    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases):
         yield from family(target)
 
 
@@ -138,6 +138,43 @@ def attention_cases(target):
     yield "rotate D=64", file._rotate_kernel, args, config, 32 * 64 / (4 * TARGETS[target][2]), 1
 
 
+def decode_cases(target):
+    """Whole prefixes and parts of them, padded or not, grouped; the kernel that adds parts."""
+    file, f32, bf16 = importlib.import_module("kernels.decode"), "float32", "bfloat16"
+    runs = [(D, H, 1, bf16, *run) for D, H in HEADS for run in ((1, False), (1, True), (2, True))]
+    runs += [(64, 16, 4, bf16, 4, False), (128, 32, 4, bf16, 1, False)]
+    if target == "sm_90":
+        runs += [(D, 16, 1, f32, 1, True) for D in (64, 100, 128)] + [(D, 4, 1, bf16, 2, True) for D in (16, 32, 20)]
+    S = 375  # an odd length, as of captions and 256 codes: strides are multiples of 8, not of 16
+    for D, H, group, x, splits, hidden in runs:
+        padded, config = -(-D // 8) * 8, file.launch_config(D)
+        part, strides = (f32 if splits > 1 else x,) * 3, [H // group * S * padded, S * padded, padded]
+        args = (x, f32, f32, x, x, "int64", "int64", x, *part, (H + 2 * H // group) * D, S, H, group, *strides)
+        config.update(PADDED=padded, SPLITS=splits, HIDDEN=hidden)
+        kind = f"D={D} {x}" + f" in {splits}" * (splits > 1) + " grouped" * (group > 1) + " padded" * hidden
+        per = config["BLOCK_N"] * config["BLOCK_D"] / threads(config, target)
+        yield f"decode {kind}", file._decode_attention_kernel, args, config, per, 1
+    for D in (64, 100):
+        constants = dict(D=D, BLOCK_D=file.launch_config(D)["BLOCK_D"], SPLITS=4, num_warps=1)
+        yield f"add parts D={D}", file._add_parts_kernel, (f32, f32, f32, bf16), constants, 4 * D / 32, 1
+
+
+def drawing_cases(target):
+    """A row of logits by every setting that compiles anew; on sm_90 in float32 and at small models' widths too."""
+    file = importlib.import_module("kernels.sampling")
+    runs = [(CODES, "bfloat16", True, *kept) for kept in ((False, False), (True, False), (True, True))]
+    if target == "sm_90":
+        runs += [(CODES, "float32", True, True, True), *((V, "bfloat16", False, True, True) for V in (100, 512, 4096))]
+    for V, x, guided, top_k, top_p in runs:
+        args = (x, "float32", "int64", "int64", V, 576, 64, 576, V, 2.0, 1.25, 2000, 0.9)
+        config = dict(file.launch_config(V), GUIDED=guided, GREEDY=False, TOP_K=top_k, TOP_P=top_p)
+        kind = " guided" * guided + " top-k" * top_k + " top-p" * top_p
+        yield f"draw V={V} {x}{kind}", file._draw_codes_kernel, args, config, V / threads(config, target), 1
+    config = dict(file.launch_config(CODES), GUIDED=True, GREEDY=True, TOP_K=False, TOP_P=False)
+    args = ("bfloat16", "bfloat16", "int64", "int64", CODES, CODES, 64, CODES, CODES, 2.0, 1.0, 0, 1.0)
+    yield "draw greedy", file._draw_codes_kernel, args, config, CODES / threads(config, target), 1
+
+
 def sass(cubin):
     """Resource usage and (address, opcode, operands) of every instruction."""
     import triton
@@ -181,7 +218,7 @@ def compile_case(target, index):
         keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         registers, stack, local = (int(re.search(rf"\.{key}:\s*(\d+)", asm)[1]) for key in keys)
         row.update(registers=registers, stack=stack, local=local, mma=asm.count(MMA[target]))
-        row.update(per_element=None, half_rate=None)
+        row.update(per_element=None, half_rate=None, copies=re.findall(r"buffer_load_dwordx4", asm))
         return row
     usage, code = sass(binary.asm["cubin"])
     every = collections.Counter(op for _, op, _ in code)
@@ -193,11 +230,12 @@ def compile_case(target, index):
             hot = hot + inner
     elif name.startswith("attention") and every[MMA[target]]:
         hot = smallest_loop(code, (MMA[target], 1), ("MUFU", 1))
-    elif not name.startswith(("rms_norm bwd", "attention", "rotate")):
+    elif not name.startswith(("rms_norm bwd", "attention", "rotate", "decode")):
         hot = every - collections.Counter(NOP=every["NOP"], BRA=every["BRA"])
     half = sum(hot[op] for op in ("FMNMX", "FMNMX3", "SEL", "FSETP", "ISETP", "VIADD", "LEA", "LOP3", "IADD3", "PLOP3"))
     row.update(registers=int(usage["REG"]), stack=int(usage["STACK"]), local=every["LDL"] + every["STL"])
     row.update(mma=hot[MMA[target]], per_element=hot.total() / per_thread, half_rate=half / per_thread)
+    row.update(copies=re.findall(r"cp\.async\.c[ag]", binary.asm["ptx"]))
     return row
 
 
@@ -242,6 +280,9 @@ def test_compile(capsys):
     exact = [row for row in rows if row["kernel"].startswith("attention") and row["kernel"].endswith("float32")]
     bad = [row for row in exact if row["mma"] and row["target"] != "gfx942"]  # its matrix cores have a full float32
     assert exact and not bad, f"float32 rounded to TF32:\n{show(bad)}"
+    cached = [row for row in rows if row["kernel"].startswith("decode")]
+    bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
+    assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
 
 
 if __name__ == "__main__":
