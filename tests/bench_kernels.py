@@ -259,7 +259,7 @@ def decode_cases():
 
 
 def drawing_cases():
-    """Guided rows of 16,384 logits against topk, a sort and a multinomial draw, as LlamaGen has it; bound by latency."""
+    """Guided rows of 16,384 logits against topk, a sort and a multinomial draw, LlamaGen's way; bound by latency."""
 
     def sorted_draw(logits, noise, index, top_p):
         cond, uncond = logits.float().chunk(2)
