@@ -374,8 +374,10 @@ def main():
     names = codes.get("class_names", [])
     labels, columns = choose_classes(args, gpt.config, names)
     cond, starts = torch.from_numpy(labels).to(device), range(0, len(labels), args.batch_size)
-    settings = ("cfg_scale", "cfg_stop", "temperature", "top_k", "top_p", "greedy", "seed")
-    settings = {name: getattr(args, name) for name in settings}
+    settings = dict(
+        cfg_scale=args.cfg_scale, cfg_stop=args.cfg_stop, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, greedy=args.greedy, seed=args.seed,
+    )  # fmt: skip
     check_request(gpt, cond, gpt.config.grid, first_index=0, **settings)
     settings |= dict(batch_size=args.batch_size, size=args.size)
 
