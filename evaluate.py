@@ -1,30 +1,512 @@
-"""Score trained models.
+"""Score trained models: reconstructions, samples, stored codes, likelihoods.
 
+    python evaluate.py recon --vq vq_ds16_c2i.pt --data imagenet --out out/recon
+    python evaluate.py gen --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py self-check --ref VIRTUAL_imagenet256_labeled.npz --val imagenet/val
+    python evaluate.py codes --codes out/codes/train --out out/codes
+    python evaluate.py likelihood --gpt out/gpt/gpt.pt --codes out/codes/val
     python evaluate.py digits --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --codes out/demo/codes --out out/demo
+
+Generation is scored against the reference batch of the ADM evaluator, reconstruction against the images themselves:
+mixing the two is the usual reason why published figures are not met. Under torchrun the images are split.
 """
 
 import argparse
+import hashlib
 import json
+import math
+import os
+import tempfile
 import time
+import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import kernels
-from common import cli, pick_device, save_grid, to_uint8
-from data import center_crop, load_images, to_tensor
-from encode import CodeFile
+from common import cli, launched, pick_device, read_file, save_grid, to_uint8
+from data import EXTENSIONS, center_crop, eval_batches, load_images, open_image, to_tensor
+from encode import CodeFile, file_sha256
+from gpt import GPT
+from inception import POOL, SPATIAL, Inception, hub_file
+from losses import LPIPS
 from sample import load_models, paint
-from vq import usage_and_perplexity
+from vq import VQModel, usage_and_perplexity
 
+# What the ImageNet validation images score against VIRTUAL_imagenet256_labeled.npz, and by how much it may differ.
+SELF_CHECK = dict(fid=(1.684, 0.02), inception_score=(231.8, 1.5), sfid=(3.69, 0.05), precision=(0.752, 0.005),
+                  recall=(0.671, 0.005))  # fmt: skip
 # Guidance, top-k and temperature that `digits` tries on one seed before it reports the best on another.
 CANDIDATES = [dict(cfg_scale=s, top_k=k) for s in (1.0, 1.5, 2.0, 3.0) for k in (0, 50)]
 
 
+# The arithmetic
+
+
 def psnr(a, b):
-    """Peak signal-to-noise ratio of images [B, C, H, W] in [0, 1], data range 1 -> dB per image [B]."""
+    """Peak signal-to-noise ratio of images [B, C, H, W] in [0, 1], data range 1 -> dB per image [B], at most 120."""
     return -10 * torch.log10((a.double() - b.double()).square().mean(dim=(1, 2, 3)).clamp(min=1e-12))
+
+
+def ssim(a, b, data_range=1.0):
+    """Structural similarity of images [B, C, H, W], H and W from 7 on -> per image [B], float64.
+
+    7 x 7 uniform window, sample covariance, mean over positions and channels (Wang et al. 2004, eq. 13, with the
+    constants there). LlamaGen's published figures have data_range 2 on images in [0, 1], and come out 0.1 higher.
+    """
+    if min(a.shape[2:]) < 7:
+        raise ValueError(f"SSIM needs images of 7 x 7 pixels or more, not {list(a.shape)}")
+    a, b = a.double(), b.double()
+    mean = lambda x: F.avg_pool2d(x, 7, stride=1)  # noqa: E731
+    ma, mb = mean(a), mean(b)
+    unbiased = 49 / 48
+    va, vb, cov = ((mean(x) - m) * unbiased for x, m in ((a * a, ma * ma), (b * b, mb * mb), (a * b, ma * mb)))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    s = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return s.mean((1, 2, 3))
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of means [F] and covariances [F, F], in float64 -> float.
+
+    Heusel et al. (arXiv 1706.08500), eq. 6. The trace of the root is the sum of the roots of the eigenvalues of
+    S1^1/2 S2 S1^1/2, which is symmetric; what rounding leaves of eigenvalues that are 0 is dropped.
+    Raises ValueError where shapes differ or a number is not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    n = len(mu1)
+    if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (n, n):
+        shapes = [list(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+        raise ValueError(f"the statistics are of different features: means and covariances are {shapes}")
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("the statistics hold numbers that are not finite")
+
+    def roots(values):
+        return values.where(values > values.max() * n * torch.finfo(torch.float64).eps, 0.0).sqrt()
+
+    values, vectors = torch.linalg.eigh(sigma1)
+    half = vectors * roots(values) @ vectors.T
+    product = half @ sigma2 @ half
+    root = roots(torch.linalg.eigvalsh((product + product.T) / 2)).sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root)
+
+
+def inception_score(probs, split_size=5000):
+    """exp of the mean KL divergence between p(y|x) and p(y): probabilities [N, classes] -> mean over contiguous splits.
+
+    Salimans et al. (arXiv 1606.03498). N that is no multiple of split_size leaves a shorter last split. Images have to
+    be in random order of classes.
+    """
+    scores = []
+    for part in torch.as_tensor(probs).double().split(split_size):
+        marginal = part.mean(0, keepdim=True)
+        scores.append(float((torch.xlogy(part, part) - torch.xlogy(part, marginal)).sum(1).mean().exp()))
+    return sum(scores) / len(scores)
+
+
+def _distances(a, b):
+    return torch.cdist(a.double(), b.double(), compute_mode="use_mm_for_euclid_dist")
+
+
+def _radii(x, k, block):
+    """Distance of each row to its k-th neighbour, itself left out."""
+    return torch.cat([_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(block)])
+
+
+def precision_recall(ref, samples, k=3):
+    """Share of samples within the manifold of the reference, and of the reference within that of the samples.
+
+    ref [N, F], samples [M, F] -> (precision, recall). The manifold is the union of balls around every point, out to its
+    k-th neighbour, borders included (Kynkaanniemi et al., arXiv 1904.06991, eq. 1 and 2). In blocks of 2,048 rows.
+    Raises ValueError where a set has no k-th neighbour or the widths differ.
+    """
+    ref, samples = torch.as_tensor(ref), torch.as_tensor(samples)
+    if min(len(ref), len(samples)) <= k or ref.shape[1] != samples.shape[1]:
+        raise ValueError(f"precision and recall with {k} neighbours: features are {ref.shape} and {samples.shape}")
+    block = 2048
+    ref_radii, radii = _radii(ref, k, block), _radii(samples, k, block)
+    inside, covered = 0, torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+    for part, radius in zip(samples.split(block), radii.split(block), strict=True):
+        distance = _distances(part, ref)  # block, N
+        inside += int((distance <= ref_radii).any(1).sum())
+        covered |= (distance <= radius[:, None]).any(0)
+    return inside / len(samples), float(covered.double().mean())
+
+
+# Images and their features
+
+
+class Images:
+    """uint8 images of one size: arr_0 [N, H, W, 3] of an npz, or a folder of PNG and JPEG files in order of name.
+
+    Read batch by batch. Raises ValueError, in one sentence, for what is neither.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not self.files:
+                raise ValueError(f"{path} holds no images")
+            first = open_image(self.files[0])
+            self.n, self.shape = len(self.files), (first.height, first.width, 3)
+            return
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        self.files = None
+        with self._open() as file:
+            self._header(file)
+
+    @contextmanager
+    def _open(self):
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                yield file
+        except KeyError:
+            raise ValueError(f"{self.path} holds no arr_0, the images") from None
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{self.path} is not a readable npz ({error})") from None
+
+    def _header(self, file):
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 images [N, H, W, 3]")
+        self.n, self.shape = shape[0], tuple(shape[1:])
+
+    def batches(self, batch_size):
+        """(start, uint8 [b, 3, H, W]) of the batches that are this process's."""
+        rank, world = launched()
+        starts = range(0, self.n, batch_size)
+        if self.files:
+            for start in starts[rank::world]:
+                arrays = [np.asarray(open_image(p)) for p in self.files[start : start + batch_size]]
+                for path, array in zip(self.files[start:], arrays, strict=False):
+                    if array.shape != self.shape:
+                        raise ValueError(f"{path} is {array.shape[1]} x {array.shape[0]} pixels, "
+                                         f"{self.files[0].name} {self.shape[1]} x {self.shape[0]}")  # fmt: skip
+                yield start, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            return
+        with self._open() as file:
+            self._header(file)
+            for i, start in enumerate(starts):
+                count = min(batch_size, self.n - start)
+                content = file.read(count * math.prod(self.shape))
+                if len(content) < count * math.prod(self.shape):
+                    raise ValueError(f"{self.path}: arr_0 is cut short")
+                if i % world == rank:
+                    array = np.frombuffer(content, np.uint8).reshape(count, *self.shape)
+                    yield start, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def scratch(folder=None):
+    """A folder that all processes see: the one given, or a temporary one."""
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Path(folder)
+        return
+    rank, _ = launched()
+    temporary = tempfile.TemporaryDirectory() if rank == 0 else None
+    name = [temporary.name if temporary else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
+    try:
+        yield Path(name[0])
+    finally:
+        barrier()
+        if temporary:
+            temporary.cleanup()
+
+
+def open_rows(path, shape):
+    """A float32 array in a file, to which every process writes its rows."""
+    if launched()[0] == 0:
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+    barrier()
+    return np.lib.format.open_memmap(path, "r+")
+
+
+@torch.no_grad()
+def features(images, network, device, folder, batch_size=64):
+    """Pool and spatial features of Images -> float32 memory map [N, 2048 + 2023] in `folder`, kept for the next time.
+
+    Raises ValueError for fewer than two images, features that are not finite, and sets of one and the same image.
+    """
+    if images.n < 2:
+        raise ValueError(f"{images.path} holds {images.n} image: statistics need two or more")
+    stat = images.path.stat()
+    what = [str(images.path.resolve()), images.n, images.shape, stat.st_size, stat.st_mtime_ns, network.sha256]
+    path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))
+        rank, world = launched()
+        with tqdm(total=images.n, desc=images.path.name, unit="image", disable=rank > 0) as bar:
+            for start, batch in images.batches(batch_size):
+                rows[start : start + len(batch)] = torch.cat(network(batch.to(device)), 1).float().cpu().numpy()
+                bar.update(len(batch) * world)
+        rows.flush()
+        barrier()
+        if rank == 0:
+            path.with_suffix(".tmp").rename(path)
+        barrier()
+    rows = np.load(path, mmap_mode="r")
+    low, high = np.full(POOL, np.inf, np.float32), np.full(POOL, -np.inf, np.float32)
+    for start in range(0, len(rows), 4096):
+        part = rows[start : start + 4096]
+        if not np.isfinite(part).all():
+            raise ValueError(f"{images.path}: features are not finite numbers")
+        low, high = np.minimum(low, part[:, :POOL].min(0)), np.maximum(high, part[:, :POOL].max(0))
+    if (high - low).max() < 1e-6:
+        raise ValueError(f"{images.path}: all {images.n} images have the same features (all black?)")
+    return rows
+
+
+def statistics(rows):
+    """Mean [F] and unbiased covariance [F, F], float64, of features [N, F], read in blocks."""
+    blocks = [slice(start, start + 4096) for start in range(0, len(rows), 4096)]
+    read = lambda block: torch.from_numpy(np.asarray(rows[block], np.float64))  # noqa: E731
+    mean = sum(read(block).sum(0) for block in blocks) / len(rows)
+    sigma = sum((x := read(block) - mean).T @ x for block in blocks) / (len(rows) - 1)
+    return mean, sigma
+
+
+def reference(path, network, device, folder):
+    """(statistics of pool, of spatial, pool features) of an npz or folder; None for what it does not hold."""
+    path, stored = Path(path), {}
+    if path.is_file() and zipfile.is_zipfile(path):
+        with np.load(path) as content:
+            stored = {name: content[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in content}
+            images = "arr_0" in content
+        if not images and "mu" not in stored:
+            raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0)")
+        if not images:
+            return (stored["mu"], stored["sigma"]), stored_pair(stored, "mu_s"), None
+    rows = features(Images(path), network, device, folder)
+    if stored.get("mu") is not None:
+        return (stored["mu"], stored["sigma"]), stored_pair(stored, "mu_s"), rows[:, :POOL]
+    return statistics(rows[:, :POOL]), statistics(rows[:, POOL:]), rows[:, :POOL]
+
+
+def stored_pair(stored, name):
+    return (stored[name], stored[name.replace("mu", "sigma")]) if name in stored else None
+
+
+def load_inception(path, device):
+    path = Path(path) if path else hub_file()
+    network = Inception.from_pretrained(path).to(device)
+    network.path, network.sha256 = path, file_sha256(path)
+    return network
+
+
+def write_result(path, result, hide=()):
+    """One JSON file, whole or not at all, and the same but for `hide` on the screen; the first process alone."""
+    if launched()[0]:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.rename(path)
+    for name, value in ((name, value) for name, value in result.items() if name not in hide):
+        print(f"{name:26}{value:.4f}" if isinstance(value, float) else f"{name:26}{value}")
+    print(f"{'written':26}{path}")
+
+
+# The commands
+
+
+def compare(samples, ref, args):
+    """Samples against a reference: FID, sFID, IS, precision and recall of the ADM evaluator."""
+    device = pick_device(args.device)
+    network = load_inception(args.inception, device)
+    with scratch(args.cache) as folder:
+        rows = features(Images(samples), network, device, folder)
+        pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)
+        result = dict(samples=str(samples), images=len(rows), reference=str(ref),
+                      reference_images=None if ref_pool is None else len(ref_pool),
+                      network=f"{network.path.name}, sha256 {network.sha256[:12]}")  # fmt: skip
+        if launched()[0]:
+            return result
+        pool = torch.from_numpy(np.ascontiguousarray(rows[:, :POOL])).to(device)
+        probs = torch.cat([network.probabilities(part).cpu() for part in pool.split(4096)])
+        result["fid"] = frechet_distance(*statistics(rows[:, :POOL]), *pool_stats)
+        result["sfid"] = spatial_stats and frechet_distance(*statistics(rows[:, POOL:]), *spatial_stats)
+        result["inception_score"] = inception_score(probs)
+        if ref_pool is not None:
+            pair = precision_recall(torch.from_numpy(np.ascontiguousarray(ref_pool)).to(device), pool)
+            result["precision"], result["recall"] = pair
+    return result
+
+
+@torch.no_grad()
+def gen(args):
+    """FID, sFID, IS, precision and recall of samples against a reference, as the ADM evaluator defines them."""
+    write_result(args.out or Path(f"{args.samples}.json"), compare(args.samples, args.ref, args))
+
+
+@torch.no_grad()
+def self_check(args):
+    """The ImageNet validation images against the reference batch: are this network and these files the right ones?"""
+    result = compare(args.val, args.ref, args)
+    if launched()[0]:
+        return
+    for name, (published, tolerance) in SELF_CHECK.items():
+        ok = result.get(name) is not None and abs(result[name] - published) <= tolerance
+        result[f"{name} is {published}"] = f"{'pass' if ok else 'FAIL'} (within {tolerance})"
+    write_result(args.out or Path(f"{args.val}.self-check.json"), result)
+    if any(str(value).startswith("FAIL") for value in result.values()):
+        raise ValueError("the figures are not the published ones: other images, another crop or other weights")
+
+
+@torch.no_grad()
+def recon(args):
+    """rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer on held-out images."""
+    device, (rank, world) = pick_device(args.device), launched()
+    vq = VQModel.from_pretrained(args.vq).to(device)
+    images = load_images(args.data, args.split, args.size)
+    network = lpips = None
+    missing = {}
+    for name in ("rfid", "lpips"):  # each needs weights that are fetched once, and is left out where they are not
+        try:
+            network, lpips = (load_inception(args.inception, device), lpips) if name == "rfid" else (network, LPIPS())
+        except FileNotFoundError as error:
+            missing[name] = f"not measured: {error}"
+    lpips = lpips and lpips.to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
+    with scratch() as folder:
+        values = open_rows(folder / "values.npy", (n, 4))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS
+        feats = network and [open_rows(folder / f"{name}.npy", (n, POOL)) for name in ("original", "reconstruction")]
+        mine = images.subset(range(rank, n, world))
+        bar = tqdm(total=len(mine), desc="images", unit="image", disable=rank > 0)
+        for x, _, index in eval_batches(mine, args.size, args.batch_size):
+            x, at = x.to(device), index.numpy() * world + rank
+            y, codes = reconstruct(vq, x)
+            counts += kernels.code_usage(codes.flatten(), len(counts)).cpu()
+            last = codes[torch.from_numpy(at) >= n - -(-65536 // codes[0].numel())]  # images with the last positions
+            late += kernels.code_usage(last.flatten(), len(late)).cpu()
+            a, b = x / 2 + 0.5, y.to(device).float() / 255
+            values[at, 0], values[at, 1], values[at, 2] = psnr(a, b).cpu(), ssim(a, b).cpu(), ssim(a, b, 2.0).cpu()
+            if lpips:
+                values[at, 3] = [float(lpips(p, q)) for p, q in zip(x.split(1), (2 * b - 1).split(1), strict=True)]
+            if network:
+                feats[0][at] = network(((x + 1) * 127.5).round().clamp(0, 255))[0].cpu()
+                feats[1][at] = network(y.to(device))[0].cpu()
+            bar.update(len(x))
+        bar.close()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(late)
+        if rank:
+            return
+        done = np.flatnonzero(values[:, 0])  # unreadable images were left out
+        usage, perplexity = map(float, usage_and_perplexity(counts))
+        means = values[done].mean(0, dtype=np.float64).tolist()
+        result = dict(tokenizer=str(args.vq), data=f"{args.data}, {args.split}", images=len(done), size=args.size,
+                      reference="the images themselves", psnr=means[0], ssim=means[1], ssim_as_llamagen=means[2],
+                      lpips=means[3] if lpips else missing["lpips"], codes_used=usage,
+                      codes_used_of_last_65536=float(usage_and_perplexity(late)[0]), perplexity=perplexity)  # fmt: skip
+        if network:
+            result["rfid"] = frechet_distance(*statistics(feats[1][done]), *statistics(feats[0][done]))
+            result["network"] = f"{network.path.name}, sha256 {network.sha256[:12]}"
+        else:
+            result["rfid"] = missing["rfid"]
+        order = done[values[done, 0].argsort()]
+    show = [order[:8], order[len(order) // 2 - min(4, len(order) // 2) :][:8], order[-8:]]
+    pairs, names = [], []
+    for title, part in zip(("worst", "median", "best"), show, strict=True):
+        x = torch.cat([batch for batch, *_ in eval_batches(images.subset(part), args.size, 8)])
+        y = reconstruct(vq, x.to(device))[0].permute(0, 2, 3, 1).cpu().numpy()
+        pairs += [to_uint8(x), y]
+        names += [title] * len(part) + [f"{value:.1f} dB" for value in values[part, 0]]
+    columns = max(len(part) for part in show)
+    save_grid(args.out / "recon.png", np.concatenate(pairs), columns, names, notice=images.notice)
+    write_result(args.out / "recon.json", result)
+
+
+def reconstruct(vq, x):
+    """[B, 3, H, W] in [-1, 1] -> the reconstruction as it is written, uint8 [B, 3, H, W], and codes [B, h, w]."""
+    codes = vq.encode(x)
+    return torch.from_numpy(to_uint8(vq.decode(codes))).permute(0, 3, 1, 2), codes
+
+
+@torch.no_grad()
+def show_codes(args):
+    """A random page of stored codes, decoded, and how often each code occurs."""
+    device, codes = pick_device(args.device), CodeFile(args.codes)
+    path = args.vq or Path(codes.meta["tokenizer"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
+    codes.check(tokenizer_sha256=file_sha256(path))
+    vq = VQModel.from_pretrained(path).to(device)
+    counts = torch.zeros(codes.codebook_size, dtype=torch.long)
+    for start in tqdm(range(0, len(codes), 4096), desc="codes", unit="batch"):
+        part = torch.from_numpy(codes.codes[start : start + 4096].astype(np.int64))
+        counts += kernels.code_usage(part.flatten(), len(counts))
+    generator = np.random.default_rng(args.seed)
+    pick = np.sort(generator.choice(len(codes), min(64, len(codes)), replace=False))
+    views = generator.integers(codes.codes.shape[1], size=len(pick))
+    tokens = torch.from_numpy(codes.codes[pick, views].astype(np.int64)).view(-1, *codes.grid).to(device)
+    images = np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(16)])
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [codes.class_names[i] for i in codes.labels[pick]]
+    save_grid(args.out / "codes.png", images, 8, names, notice=codes.meta["notice"])
+    usage, perplexity = map(float, usage_and_perplexity(counts))
+    most = counts.topk(min(5, len(counts)))
+    result = dict(codes=str(args.codes), tokenizer=str(path), images=len(codes), crops=codes.codes.shape[1],
+                  codes_used=usage, perplexity=perplexity, never=int((counts == 0).sum()),
+                  most_frequent={int(i): int(c) for i, c in zip(most.indices, most.values, strict=True)},
+                  counts=counts.tolist())  # fmt: skip
+    write_result(args.out / "codes.json", result, hide=("counts",))
+
+
+@torch.no_grad()
+def likelihood(args):
+    """Teacher-forced loss of a GPT on stored codes: what they cost it, overall and per class."""
+    device, codes, (rank, world) = pick_device(args.device), CodeFile(args.codes), launched()
+    gpt = GPT.from_pretrained(args.gpt, grid=codes.grid).to(device)
+    if (gpt.config.vocab_size, gpt.config.cond) != (codes.codebook_size, "class"):
+        raise ValueError(f"{args.gpt} has {gpt.config.vocab_size} codes and reads a {gpt.config.cond}; {args.codes} "
+                         f"has {codes.codebook_size} codes and classes")  # fmt: skip
+    if gpt.config.num_classes < len(codes.class_names):
+        raise ValueError(f"{args.gpt} has {gpt.config.num_classes} classes, {args.codes} {len(codes.class_names)}")
+    trained_on = read_file(args.gpt).get("codes", {}).get("tokenizer_sha256")
+    if trained_on:
+        codes.check(tokenizer_sha256=trained_on)
+    n, classes = len(codes), len(codes.class_names)
+    sums = torch.zeros(classes, 4, dtype=torch.float64)  # images, nats, right guesses, and nats squared of an image
+    for start in tqdm(range(0, n, args.batch_size)[rank::world], desc="codes", unit="batch", disable=rank > 0):
+        part = slice(start, start + args.batch_size)
+        tokens = torch.from_numpy(codes.codes[part, 0].astype(np.int64)).to(device)
+        labels = torch.from_numpy(codes.labels[part])
+        logits, _ = gpt(tokens[:, :-1], labels.to(device))
+        nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().mean(1)
+        right = (logits.argmax(-1) == tokens).double().mean(1)
+        sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), nats, right, nats * nats], 1).cpu())
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    total, nats, right, squares = (float(x) for x in sums.sum(0))
+    nats, right = nats / total, right / total
+    error = math.sqrt(max(squares / total - nats**2, 0) / max(total - 1, 1))
+    per_class = {codes.class_names[i]: float(sums[i, 1] / sums[i, 0]) for i in range(classes) if sums[i, 0]}
+    result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(total), nats_per_token=nats,
+                  standard_error=error, bits_per_token=nats / math.log(2), perplexity=math.exp(nats), top_1=right,
+                  uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)  # fmt: skip
+    write_result(args.out or Path(f"{args.gpt}.likelihood.json"), result)
+
+
+# The demo's report
 
 
 def reconstruction_psnr(images, reconstructions):
@@ -133,6 +615,41 @@ def print_report(report, args):
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    about = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser("recon", help=recon.__doc__, description=recon.__doc__, **about)
+    p.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
+    p.add_argument("--data", required=True, help="folder of images, or a built-in set: digits, emoji")
+    p.add_argument("--split", default="val", choices=["val", "train"], help="of the data")
+    p.add_argument("--size", type=int, default=256, help="pixels; images are scaled and cropped in the middle")
+    p.add_argument("--out", type=Path, required=True, help="folder for recon.json and recon.png")
+    p.set_defaults(run=recon)
+    p = commands.add_parser("gen", help=gen.__doc__, description=gen.__doc__, **about)
+    p.add_argument("--samples", type=Path, required=True, help="npz with arr_0, or folder of images")
+    p.add_argument("--ref", type=Path, required=True, help="npz with arr_0, or mu and sigma, or both; or folder")
+    p.add_argument("--out", type=Path, help="JSON file (default: SAMPLES.json)")
+    p.set_defaults(run=gen)
+    p = commands.add_parser("self-check", help=self_check.__doc__, description=self_check.__doc__, **about)
+    p.add_argument("--val", type=Path, required=True, help="the 50,000 images at 256 pixels: npz or folder")
+    p.add_argument("--ref", type=Path, required=True, help="VIRTUAL_imagenet256_labeled.npz")
+    p.add_argument("--out", type=Path, help="JSON file (default: VAL.self-check.json)")
+    p.set_defaults(run=self_check)
+    for p in (commands.choices[name] for name in ("gen", "self-check")):
+        p.add_argument("--cache", type=Path, help="folder that keeps the features")
+    for p in (commands.choices[name] for name in ("recon", "gen", "self-check")):
+        p.add_argument("--inception", type=Path, help="weights of the network (default: in torch hub's cache)")
+    p = commands.add_parser("codes", help=show_codes.__doc__, description=show_codes.__doc__, **about)
+    p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote: FOLDER/train or FOLDER/val")
+    p.add_argument("--vq", type=Path, help="the tokenizer (default: the file that the codes name)")
+    p.add_argument("--out", type=Path, required=True, help="folder for codes.json and codes.png")
+    p.add_argument("--seed", type=int, default=0, help="of the page")
+    p.set_defaults(run=show_codes)
+    p = commands.add_parser("likelihood", help=likelihood.__doc__, description=likelihood.__doc__, **about)
+    p.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
+    p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote, held out: FOLDER/val")
+    p.add_argument("--out", type=Path, help="JSON file (default: GPT.likelihood.json)")
+    p.set_defaults(run=likelihood)
+    for p in (commands.choices[name] for name in ("recon", "likelihood")):
+        p.add_argument("--batch-size", type=int, default=32, help="images at a time, per process")
     p = commands.add_parser("digits", help="the demo's report", description=digits.__doc__)
     p.add_argument("--vq", type=Path, required=True, help="tokenizer, in the folder that train_vq.py made")
     p.add_argument("--gpt", type=Path, required=True, help="GPT, in the folder that train_gpt.py made")
@@ -141,14 +658,21 @@ def options():
     p.add_argument("--n", type=int, default=500, help="digits to paint, classes in turn")
     p.add_argument("--seed", type=int, default=0, help="of the digits that are reported")
     p.add_argument("--choose-seed", type=int, default=1, help="of the digits on which the sampling settings are chosen")
-    p.add_argument("--device", default="auto")
     p.set_defaults(run=digits)
+    for p in commands.choices.values():
+        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     return parser.parse_args()
 
 
 def main():
-    args = options()
+    args, (_, processes) = options(), launched()
+    if processes == 1:
+        return args.run(args)
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    if args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.run(args)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

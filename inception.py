@@ -1,0 +1,172 @@
+"""The Inception network of 2015 whose features FID and its relatives compare, as a port of TensorFlow's graph.
+
+Module names are those of the published port's weights. It differs from torchvision's Inception v3 in its average pools,
+which leave the border out, in a maximum pool in the last block, and in 1,008 classes.
+Sources: Szegedy et al. (arXiv 1512.00567); Heusel et al. (arXiv 1706.08500) for FID; the ADM evaluator (Dhariwal and
+Nichol, arXiv 2105.05233) for the spatial features and for logits without bias.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from common import load_weights, read_file
+
+FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
+POOL, SPATIAL = 2048, 17 * 17 * 7  # features
+
+
+def five(pool):
+    return [("branch1x1", (64, 1)), ("branch5x5", (48, 1), (64, 5)), ("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
+            ("average", (pool, 1))]  # fmt: skip
+
+
+def seven(c):
+    across, down = (1, 7), (7, 1)
+    twice = (c, 1), (c, down), (c, across), (c, down), (192, across)
+    return [("branch1x1", (192, 1)), ("branch7x7", (c, 1), (c, across), (192, down)), ("branch7x7dbl", *twice),
+            ("average", (192, 1))]  # fmt: skip
+
+
+def eight(pool):
+    fork = [(384, (1, 3)), (384, (3, 1))]  # both read the layer before
+    return [("branch1x1", (320, 1)), ("branch3x3", (384, 1), fork), ("branch3x3dbl", (448, 1), (384, 3), fork),
+            (pool, (192, 1))]  # fmt: skip
+
+
+# channels in, then branches: a name and (channels, kernel[, stride 2]) of its layers
+BLOCKS = {
+    "Mixed_5b": (192, five(32)), "Mixed_5c": (256, five(64)), "Mixed_5d": (288, five(64)),
+    "Mixed_6a": (288, [("branch3x3", (384, 3, 2)), ("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), ("maximum",)]),
+    "Mixed_6b": (768, seven(128)), "Mixed_6c": (768, seven(160)), "Mixed_6d": (768, seven(160)),
+    "Mixed_6e": (768, seven(192)),
+    "Mixed_7a": (768, [("branch3x3", (192, 1), (320, 3, 2)),
+                       ("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)), ("maximum",)]),
+    "Mixed_7b": (1280, eight("average")), "Mixed_7c": (2048, eight("maximum")),
+}  # fmt: skip
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. Stride 1 keeps the size unless `padded` is False."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padded=True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = [k // 2 for k in kernel] if padded and stride == 1 else 0
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Block(nn.Module):
+    """Branches of one input, concatenated. A branch named after a pool begins with it, or is nothing else."""
+
+    def __init__(self, c_in, branches):
+        super().__init__()
+        self.branches = []  # per branch: its pool or None, and the names of its layers, two where it forks
+        for name, *layers in branches:
+            pool, c, names = name if name in ("average", "maximum") else None, c_in, []
+            for i, layer in enumerate(layers, start=1):
+                alone = "branch_pool" if pool else name
+                fork = layer if isinstance(layer, list) else [layer]
+                stems = [f"{alone}_{i}" if len(layers) > 1 else alone]
+                stems = [stems[0] + letter for letter in "ab"] if len(fork) > 1 else stems
+                for stem, sizes in zip(stems, fork, strict=True):
+                    self.add_module(stem, Conv(c, *sizes))
+                names.append(stems)
+                c = sum(sizes[0] for sizes in fork)
+            self.branches.append((pool, names))
+
+    def forward(self, x):
+        outputs = []
+        for pool, names in self.branches:
+            y = x
+            if pool == "average":
+                y = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            elif pool == "maximum":
+                y = F.max_pool2d(x, 3, 1, 1) if names else F.max_pool2d(x, 3, 2)
+            for stems in names:
+                y = torch.cat([getattr(self, stem)(y) for stem in stems], dim=1)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+
+def resize(images, size=299):
+    """Bilinear as TensorFlow 1 does it: source = i * in / out, no half-pixel centres. [B, C, H, W] float32."""
+    for dim in (3, 2):
+        n = images.shape[dim]
+        source = torch.arange(size, device=images.device, dtype=torch.float32) * (torch.tensor(float(n)) / size).item()
+        low = source.long()
+        share = (source - low).view(-1, *[1] * (3 - dim))
+        a, b = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=n - 1))
+        images = a + (b - a) * share
+    return images
+
+
+class Inception(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, *sizes in (("1a_3x3", 3, 32, 3, 2), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3),
+                             ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False)):  # fmt: skip
+            self.add_module(f"Conv2d_{name}", Conv(*sizes))
+        for name, sizes in BLOCKS.items():
+            self.add_module(name, Block(*sizes))
+        self.fc = nn.Linear(POOL, 1008)
+
+    def forward(self, images):
+        """uint8 [B, 3, H, W] -> pool features [B, 2048] and spatial features [B, 2023], float32.
+
+        Spatial: the first 7 channels of Mixed_6d's 1x1 branch, positions before channels.
+        """
+        x = (resize(images.float()) - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
+        x = F.max_pool2d(x, 3, 2)
+        for name in BLOCKS:
+            if name == "Mixed_6d":
+                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            x = getattr(self, name)(x)
+        return x.mean((2, 3)), spatial
+
+    def probabilities(self, pool):
+        """Pool features [B, 2048] -> class probabilities [B, 1008]; without the bias, as the ADM evaluator has them."""
+        return (pool @ self.fc.weight.T).softmax(-1)
+
+    def fold(self):
+        """Batch norms go into the convolutions before them: the same features to 1e-6, with a pass less per layer."""
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        return self.to(memory_format=torch.channels_last)  # a third faster on CPUs
+
+    @classmethod
+    def from_pretrained(cls, path=None):
+        """The published weights, from `path` or torch hub's cache, folded, in eval mode.
+
+        Raises FileNotFoundError that tells where to have them, or ValueError naming every tensor that does not fit.
+        """
+        path = Path(path) if path else hub_file()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not there: fetch {FILES[0]} (91 MiB) from {ADDRESS}, or name the file with --inception"
+            )
+        with torch.device("meta"):
+            model = cls()
+        weights = {name: x for name, x in read_file(path).items() if not name.endswith("num_batches_tracked")}
+        for name, buffer in model.named_buffers():
+            if name.endswith("num_batches_tracked"):  # in some of the files, and not read in eval mode
+                weights[name] = torch.zeros_like(buffer, device="cpu")
+        load_weights(model, weights, path)
+        return model.float().eval().requires_grad_(False).fold()
+
+
+def hub_file():
+    """The weights in torch hub's cache under either of their names; where there are none, where they belong."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0])
