@@ -6,7 +6,7 @@ demo: .venv/demo-ready
 
 test: .venv/test-ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 .venv/demo-ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
