@@ -386,7 +386,7 @@ def recon(args):
     args.out.mkdir(parents=True, exist_ok=True)
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:
-        values = open_rows(folder / "values.npy", (n, 4))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS
+        values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
         feats = network and [open_rows(folder / f"{name}.npy", (n, POOL)) for name in ("original", "reconstruction")]
         mine = images.subset(range(rank, n, world))
         bar = tqdm(total=len(mine), desc="images", unit="image", disable=rank > 0)
@@ -396,7 +396,7 @@ def recon(args):
             counts += kernels.code_usage(codes.flatten(), len(counts)).cpu()
             last = codes[torch.from_numpy(at) >= n - -(-65536 // codes[0].numel())]  # images with the last positions
             late += kernels.code_usage(last.flatten(), len(late)).cpu()
-            a, b = x / 2 + 0.5, y.to(device).float() / 255
+            a, b, values[at, 4] = x / 2 + 0.5, y.to(device).float() / 255, 1
             values[at, 0], values[at, 1], values[at, 2] = psnr(a, b).cpu(), ssim(a, b).cpu(), ssim(a, b, 2.0).cpu()
             if lpips:
                 values[at, 3] = [float(lpips(p, q)) for p, q in zip(x.split(1), (2 * b - 1).split(1), strict=True)]
@@ -410,7 +410,7 @@ def recon(args):
             dist.all_reduce(late)
         if rank:
             return
-        done = np.flatnonzero(values[:, 0])  # unreadable images were left out
+        done = np.flatnonzero(values[:, 4])  # unreadable images were left out
         usage, perplexity = map(float, usage_and_perplexity(counts))
         means = values[done].mean(0, dtype=np.float64).tolist()
         result = dict(tokenizer=str(args.vq), data=f"{args.data}, {args.split}", images=len(done), size=args.size,
@@ -669,7 +669,7 @@ def main():
     if processes == 1:
         return args.run(args)
     dist.init_process_group("gloo", timeout=timedelta(days=1))
-    if args.device == "auto" and torch.cuda.is_available():
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.run(args)
     dist.destroy_process_group()

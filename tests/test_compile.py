@@ -141,9 +141,10 @@ def attention_cases(target):
 def decode_cases(target):
     """Whole prefixes and parts of them, padded or not, grouped; the kernel that adds parts."""
     file, f32, bf16 = importlib.import_module("kernels.decode"), "float32", "bfloat16"
-    runs = [(D, H, 1, bf16, *run) for D, H in HEADS for run in ((1, False), (1, True), (2, True))]
-    runs += [(64, 16, 4, bf16, 4, False), (128, 32, 4, bf16, 1, False)]
+    runs = [(D, H, 1, bf16, *run) for D, H in HEADS for run in ((1, False), (2, True))]
     if target == "sm_90":
+        runs += [(D, H, 1, bf16, 1, True) for D, H in HEADS]
+        runs += [(64, 16, 4, bf16, 4, False), (128, 32, 4, bf16, 1, False)]
         runs += [(D, 16, 1, f32, 1, True) for D in (64, 100, 128)] + [(D, 4, 1, bf16, 2, True) for D in (16, 32, 20)]
     S = 375  # an odd length, as of captions and 256 codes: strides are multiples of 8, not of 16
     for D, H, group, x, splits, hidden in runs:
