@@ -349,30 +349,39 @@ def to_uint8(images):
     return (127.5 * images.float() + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
 
 
+def wrap(text, font, width):
+    """Lines of at most `width` pixels, broken between words where there are spaces."""
+    lines = [""]
+    for word in str(text).split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
+            lines[-1] = lines[-1][:-1]
+    return lines
+
+
 def save_grid(path, images, columns, labels=None, scale=None, notice=""):
     """Write uint8 images [N, H, W, 3] as one PNG, `columns` a row, with a label under each if there are any.
 
-    Small images are enlarged by a whole number (`scale`; by default to about 96 pixels) without smoothing. `notice`
-    (the licence's sentence) goes below.
+    Small images are enlarged by a whole number (`scale`; by default to about 96 pixels) without smoothing. Labels have
+    as many lines as they need, at most four. `notice` (the licence's sentence) goes below.
     """
     n, h, w, _ = images.shape
     scale = scale or max(1, round(96 / max(h, w)))
     font = ImageFont.load_default(size=12)
-    pad, text = 4, 16 if labels else 0
+    labels = [wrap(label, font, w * scale)[:4] for label in labels or []]
+    pad, text = 4, max((16 * len(lines) for lines in labels), default=0)
     width, height = columns * (w * scale + pad) + pad, math.ceil(n / columns) * (h * scale + text + pad) + pad
-    per_line = max(1, width // 7)  # characters of this font, at most
-    lines = [notice[i : i + per_line] for i in range(0, len(notice), per_line)]
-    sheet = Image.new("RGB", (width, height + 16 * len(lines)), "white")
+    notice = wrap(notice, font, width - 2 * pad) if notice else []
+    sheet = Image.new("RGB", (width, height + 16 * len(notice)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, line in enumerate(lines):
+    for i, line in enumerate(notice):
         draw.text((pad, height + 16 * i), line, fill="black", font=font)
     for i in range(n):
         x, y = pad + i % columns * (w * scale + pad), pad + i // columns * (h * scale + text + pad)
         sheet.paste(Image.fromarray(np.asarray(images[i])).resize((w * scale, h * scale), Image.NEAREST), (x, y))
-        if labels:
-            label = str(labels[i])
-            while len(label) > 1 and font.getlength(label) > w * scale:
-                label = label[:-1]
-            draw.text((x, y + h * scale + 1), label, fill="black", font=font)
+        for j, line in enumerate(labels[i] if labels else []):
+            draw.text((x, y + h * scale + 1 + 16 * j), line, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

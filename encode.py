@@ -1,28 +1,45 @@
 """Images -> code files for train_gpt.py: OUT/train and OUT/val, each codes.npy, labels.npy and meta.json.
 
+With --text, their captions too: as tokens, or as features of FLAN-T5.
+
     python encode.py --vq out/vq/vq.pt --data digits --size 32 --crops random --n-random 6 --out out/codes
     python encode.py --vq vq_ds16_c2i.pt --data imagenet --size 256 --crops ten --workers 16 --out codes  # LlamaGen's
+    python encode.py --vq vq_ds16_t2i.pt --data pairs.jsonl --crops center --text t5 --t5 flan-t5-xl --out codes
 """
 
 import argparse
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
 from common import autocast, cli, pick_device
-from data import center_crop, check_batch, endless_positions, eval_batches, load_images, mirrored, ten_crop
+from data import (
+    BAD_SHARE,
+    DATA_HELP,
+    as_size,
+    center_crop,
+    check_batch,
+    endless_positions,
+    eval_batches,
+    load_images,
+    mirrored,
+    ten_crop,
+)
+from t5 import T5Encoder
 from vq import VQModel
 
 CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
-CODE_VERSION = 1
+CODE_VERSION = 2
 CODE_KEYS = (
     "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
-    "class_names", "data", "split", "notice",
+    "class_names", "data", "split", "notice", "text",
 )  # fmt: skip
 
 
@@ -40,12 +57,13 @@ class CodeWriter:
     """Writes a folder of codes: codes.npy [images, A, h*w], labels.npy int64 [images] and meta.json.
 
     Use as a context manager; the files take their names when it closes without an error, also after fewer than
-    n_images. meta gives what CODE_KEYS lists and the arguments do not say.
+    n_images. meta gives what CODE_KEYS lists and the arguments do not say; "text" (captions) may be left out.
     """
     def __init__(self, folder, n_images, n_aug, grid, codebook_size, meta):
         self.folder, self.codebook_size, self.written = Path(folder), int(codebook_size), 0
-        self.meta = dict(meta, version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
-                         images=int(n_images))
+        self.meta = dict(text=None) | meta
+        self.meta |= dict(version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
+                          images=int(n_images))  # fmt: skip
         missing = [key for key in CODE_KEYS if key not in self.meta]
         if missing:
             raise ValueError(f"the description of the codes lacks {', '.join(missing)}")
@@ -113,7 +131,8 @@ def _check_range(what, values, end):
 class CodeFile:
     """A folder that CodeWriter wrote, opened and checked; raises ValueError with one sentence that names the file.
 
-    codes: memory map [images, A, h*w]; labels: int64 [images]; meta: the dict of meta.json.
+    codes: memory map [images, A, h*w]; labels: int64 [images]; meta: the dict of meta.json; captions: a CaptionFile, or
+    None where meta["text"] is.
     """
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -127,6 +146,7 @@ class CodeFile:
         self.codes = self._read("codes.npy", lambda path: np.load(path, mmap_mode="r"))
         self.labels = self._read("labels.npy", np.load)
         self._check()
+        self.captions = CaptionFile(self.folder, self.meta["text"], len(self)) if self.meta["text"] else None
 
     def __len__(self):
         return len(self.codes)
@@ -163,32 +183,59 @@ class CodeFile:
                 raise ValueError(f"{self.folder / 'meta.json'} (tokenizer {self.meta['tokenizer']}) has the {name} "
                                  f"{found}, {wanted} is expected")
 
-    def code_batch(self, step, batch_size, seed, rank=0, world=1):
-        """(codes int64 [B/world, h*w], labels int64 [B/world]) of the endless sequence; depends on (seed, step) alone.
+    def condition(self, indices, draws=None):
+        """What a GPT reads for images [B]: (labels int64 [B],), (ids [B, T],) or (features [B, T, C], mask [B, T]);
+        of several captions the first, or caption draws[i] modulo their number."""
+        if self.captions:
+            return self.captions.condition(indices, draws)
+        return (torch.from_numpy(self.labels[indices]),)
 
-        The augmentation is drawn anew for each picture and epoch. batch_size B is over all ranks.
+    def names(self, indices):
+        """What to write under images [B]: their first captions or their classes."""
+        if self.captions:
+            return self.captions.texts(indices)
+        return [self.class_names[i] for i in self.labels[indices]]
+
+    def origin(self):
+        """What a GPT's file keeps of the codes that it was trained on."""
+        if self.captions and self.captions.model:
+            return dict(codes=self.meta, text_model=torch.frombuffer(bytearray(self.captions.model), dtype=torch.uint8))
+        return dict(codes=self.meta)
+
+    def code_batch(self, step, batch_size, seed, rank=0, world=1):
+        """(codes int64 [B/world, h*w], *condition) of the endless sequence; depends on (seed, step) alone.
+
+        Augmentation and caption are drawn anew for each picture and epoch. batch_size B is over all ranks.
         """
         check_batch(len(self), batch_size, world)
         epochs, indices = endless_positions(len(self), step, batch_size, seed, rank, world)
-        views = [np.random.default_rng((seed, int(e), int(i))).integers(self.codes.shape[1])
-                 for e, i in zip(epochs, indices, strict=True)]
+        draws = [np.random.default_rng((seed, int(e), int(i))) for e, i in zip(epochs, indices, strict=True)]
+        views = [draw.integers(self.codes.shape[1]) for draw in draws]
         codes = torch.from_numpy(self.codes[indices, views].astype(np.int64))  # [B/world, h*w]
-        pair = codes, torch.from_numpy(self.labels[indices])
-        return tuple(x.pin_memory() for x in pair) if torch.cuda.is_available() else pair
+        batch = codes, *self.condition(indices, np.array([draw.integers(1 << 30) for draw in draws]))
+        return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    parser.add_argument("--data", required=True, help="digits, emoji, or a folder of images or of class folders")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
+    parser.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
     parser.add_argument("--out", type=Path, required=True, help="folder for the code files")
     parser.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
     crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
     crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in training")
-    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
+    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, never with --text")
+    text = parser.add_argument_group("captions")
+    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="stored beside the codes, as")
+    text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
+    text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
+    text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
+    text.add_argument("--text-vocab", type=int, default=8192, help="tokens of the model trained here, at most")
+    text.add_argument("--text-pieces", default="unigram", choices=["unigram", "bpe", "word"], help="what tokens are")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -210,43 +257,63 @@ def choose_crops(args, flip):
     return (lambda img, size: [c for s in args.crop_scales for c in ten_crop(img, size, s)[: len(each)]]), names
 
 
-def encode_split(vq, split, args, size, device, tokenizer_sha256):
+def caption_reader(args, device):
+    """What turns captions into rows, or None."""
+    if args.text == "none":
+        return None
+    if args.text == "t5":
+        if not args.t5:
+            raise ValueError("--text t5 needs the encoder's folder: give it with --t5")
+        return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5)
+    if args.text_model:
+        return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
+    captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
+    captions = (caption for texts in captions for caption in texts)
+    return CaptionTokens(train_tokenizer(captions, args.text_vocab, args.text_pieces), args.text_length)
+
+
+def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
     """Write OUT/split; returns the number of images."""
-    image_set = load_images(args.data, split, size, args.val_data)
+    image_set = load_images(args.data, split, size, args.val_data, reader is not None, args.bad_share)
     image_set.flip = image_set.flip and args.flip
     crop, names = choose_crops(args, image_set.flip)
     height, width = (size, size) if isinstance(size, int) else size
     meta = dict(
         tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256, image_size=[height, width], augmentations=names,
         class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
-        dtype=args.dtype, seed=args.seed,
+        dtype=args.dtype, seed=args.seed, text=reader and reader.about(),
     )  # fmt: skip
     grid, n_aug = (height // vq.config.factor, width // vq.config.factor), len(names)
-    with CodeWriter(args.out / split, len(image_set), n_aug, grid, vq.config.codebook_size, meta) as writer:
+    texts = CaptionWriter(args.out / split, reader) if reader else nullcontext()
+    with CodeWriter(args.out / split, len(image_set), n_aug, grid, vq.config.codebook_size, meta) as writer, texts:
         batches = eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers, seed=args.seed)
         bar = tqdm(batches, desc=split, total=-(-len(image_set) // args.batch_size), unit="batch")
-        for images, labels, _ in bar:
+        for images, labels, indices in bar:
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
             with autocast(device, args.dtype):
                 codes = torch.cat([vq.encode(part) for part in images.split(args.batch_size)])
             writer.write(codes.view(len(labels), n_aug, -1), labels)
+            if reader:
+                texts.write([image_set.captions[i] for i in indices])
         return writer.written
 
 
 def main():
     args = options()
-    if len(args.size) > 2 or min(args.size) < 1 or min(args.batch_size, args.n_random) < 1:
-        raise ValueError("--size takes one or two numbers, and they, --batch-size and --n-random have to be above 0")
+    size = as_size(args.size)
+    if min(args.batch_size, args.n_random, args.text_vocab) < 1 or args.text_length < 2:
+        raise ValueError("--batch-size, --n-random and --text-vocab have to be above 0, --text-length above 1")
+    if not 0 <= args.bad_share < 1:
+        raise ValueError(f"--bad-share {args.bad_share} is not in [0, 1)")
     if min(args.crop_scales) < 1:
         raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
-    size = args.size[0] if len(args.size) == 1 else tuple(args.size)
     device = pick_device(args.device)
     vq = VQModel.from_pretrained(args.vq).to(device)
-    sha = file_sha256(args.vq)
+    sha, reader = file_sha256(args.vq), caption_reader(args, device)
     start = time.perf_counter()
     images = {}
     for split in ("train", "val"):
-        images[split] = encode_split(vq, split, args, size, device, sha)
+        images[split] = encode_split(vq, split, args, size, device, sha, reader)
     seconds = time.perf_counter() - start
     (args.out / "result.json").write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")

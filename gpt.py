@@ -26,6 +26,9 @@ PRESETS = {
     "7B": dict(n_layer=32, n_head=32, dim=4096),
 }
 
+PAD, END = 0, 1  # caption tokens, as in T5: padding, and the end, after which the image begins
+CODE_FEATURES = 32  # rank of what code vectors add to the logits
+
 
 @dataclass
 class GPTConfig:
@@ -35,16 +38,19 @@ class GPTConfig:
     n_kv_head: int | None = None  # G; fewer than n_head is grouped-query attention
     ffn_dim: int | None = None  # 8/3 dim, rounded up to a multiple of 256
     vocab_size: int = 16384  # V
-    cond: str = "class"  # "class": one label; "text": n_cond features
+    cond: str = "class"  # "class": one label; "text": n_cond T5 features; "tokens": n_cond tokens of a caption
     num_classes: int = 1000
     n_cond: int = 1
     text_dim: int = 2048  # channels of a text feature (FLAN-T5-XL)
+    text_vocab_size: int = 0  # caption tokens
+    code_dim: int = 0  # channels of the tokenizer's code vectors if the GPT sees them, as in `CodeFeatures`
     grid: tuple = (16, 16)  # image tokens: rows, columns
     cond_rope: str = "identity"  # rotation of condition tokens: "identity", or "zero" as in the published weights
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     dropout: float = 0.1  # on token embeddings, attention output and FFN output
     cond_dropout: float = 0.1  # share of samples that train without their condition, for guidance
+    caption_loss_weight: float = 0.0  # of the caption tokens' cross-entropy, so that the model reads, too
 
     def __post_init__(self):
         self.grid = tuple(self.grid)
@@ -57,11 +63,15 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid has to be (rows, columns), not {self.grid}")
-        for name, known in (("cond", ("class", "text")), ("cond_rope", ("identity", "zero"))):
+        for name, known in (("cond", ("class", "text", "tokens")), ("cond_rope", ("identity", "zero"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} has to be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.cond == "class" and self.n_cond != 1:
             raise ValueError(f"a class is one condition token, not {self.n_cond}")
+        if (self.text_vocab_size > END) != (self.cond == "tokens"):
+            raise ValueError(f'cond "tokens" goes with a text_vocab_size, {self.cond!r} has {self.text_vocab_size}')
+        if self.caption_loss_weight and self.cond != "tokens":
+            raise ValueError(f'caption_loss_weight goes with cond "tokens", not {self.cond!r}')
 
 
 def rope_table(config, grid):
@@ -209,6 +219,45 @@ class TextEmbedder(nn.Module):
         return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))  # B, n_cond, C
 
 
+class CaptionEmbedder(nn.Module):
+    """Caption tokens, left-padded, in the stream itself (as in DALL-E, arXiv 2102.12092), with learned 1D positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.text_vocab_size, config.dim)
+        self.pos_embeddings = nn.Embedding(config.n_cond, config.dim)
+
+    def null(self, ids):
+        """No caption: the end alone."""
+        return F.pad(torch.full_like(ids[:, :1], END), (ids.shape[1] - 1, 0), value=PAD)
+
+    def forward(self, ids):
+        hidden = (ids == PAD).sum(1, keepdim=True)
+        position = torch.arange(ids.shape[1], device=ids.device) - hidden  # a token's place in its caption
+        return self.tok_embeddings(ids) + self.pos_embeddings(position.clamp(min=0))  # B, n_cond, C
+
+
+class CodeFeatures(nn.Module):
+    """What the tokenizer's code vectors add to embeddings and logits, so that codes that look alike are alike.
+
+    `vectors` [V, D] are the codes as its decoder reads them, times sqrt(D), fixed. Embedding of code i: + W v_i; logit
+    of code i: + (A x) . (B v_i), of rank 32. W and B begin at zero.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(config.vocab_size, config.code_dim))
+        self.embed = Linear(config.code_dim, config.dim)
+        self.query = Linear(config.dim, CODE_FEATURES)
+        self.key = Linear(config.code_dim, CODE_FEATURES)
+
+    def embedding(self, codes):
+        return self.embed(self.vectors[codes])
+
+
+CONDITIONS = {"class": ClassEmbedder, "text": TextEmbedder, "tokens": CaptionEmbedder}
+
+
 class KVCache:
     """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D], rows padded to 16 bytes.
 
@@ -230,20 +279,25 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.cls_embedding = (ClassEmbedder if config.cond == "class" else TextEmbedder)(config)
+        self.cls_embedding = CONDITIONS[config.cond](config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
+        self.code_features = CodeFeatures(config) if config.code_dim else None
         self.set_grid(config.grid)
-        self.init_weights()
+        self.init_weights(self)
 
-    def init_weights(self):
-        for module in self.modules():
+    def init_weights(self, part):
+        for module in part.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)  # the first loss is exactly ln V
+        zero = [self.output]  # the first loss is exactly ln V
+        if f := self.code_features:  # and code vectors change nothing at first
+            zero += [f.embed, f.key]
+        for module in set(zero) & set(part.modules()):
+            nn.init.zeros_(module.weight)
 
     def set_grid(self, grid):
         """Paint h x w codes from now on: the same weights, another rotation table."""
@@ -253,26 +307,66 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rope_table(self.config, self.config.grid), strict=True):
             self.register_buffer(name, table.to(device), persistent=False)
 
+    def set_condition(self, **changes):
+        """Read another kind of condition from now on (fields of the config): the same blocks, a fresh embedding."""
+        self.config = replace(self.config, **changes)
+        self.cls_embedding = CONDITIONS[self.config.cond](self.config).to(self.output.weight.device)
+        self.init_weights(self.cls_embedding)
+        self.set_grid(self.config.grid)
+
+    def see_codes(self, vectors):
+        """Know from now on what codes look like: `vectors` [V, D] as the decoder reads them. Changes no output yet."""
+        if self.code_features is None:
+            self.config = replace(self.config, code_dim=vectors.shape[1])
+            self.code_features = CodeFeatures(self.config).to(self.output.weight.device)
+            self.init_weights(self.code_features)
+        self.code_features.vectors.copy_(vectors.detach() * vectors.shape[1] ** 0.5)
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.set_grid(self.config.grid)  # half() and bfloat16() leave the rotation in float32
         return self
 
     def embed_condition(self, cond, cond_mask):
-        """Condition tokens [B, n_cond, C], and how many of them are padding, int64 [B], or None if none are."""
-        if self.config.cond == "text" and cond.shape[1:] != (self.config.n_cond, self.config.text_dim):
-            want = f"[B, {self.config.n_cond}, {self.config.text_dim}]"
-            raise ValueError(f"text features have to be {want}, not {list(cond.shape)}")
-        if self.training and self.config.cond_dropout:
-            drop = torch.rand(len(cond), device=cond.device) < self.config.cond_dropout
+        """Condition tokens [B, n_cond, C], how many of them are padding, int64 [B] (None: none are), and the condition
+        itself, of which training has dropped some."""
+        c = self.config
+        shape = dict(text=(c.n_cond, c.text_dim), tokens=(c.n_cond,)).get(c.cond, ())
+        if cond.shape[1:] != shape:
+            what = "text features" if c.cond == "text" else "conditions"
+            raise ValueError(f"{what} have to be {['B', *shape]}, not {list(cond.shape)}".replace("'", ""))
+        if self.training and c.cond_dropout:
+            drop = torch.rand(len(cond), device=cond.device) < c.cond_dropout
             cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.null(cond), cond)
+        if c.cond == "tokens":
+            if cond_mask is not None:
+                raise ValueError("caption tokens need no cond_mask: their padding is token 0")
+            cond_mask = cond != PAD
         if cond_mask is None:
-            return self.cls_embedding(cond), None
+            return self.cls_embedding(cond), None, cond
         if cond_mask.shape != cond.shape[:2]:
             raise ValueError(f"cond_mask has to be {list(cond.shape[:2])}, not {list(cond_mask.shape)}")
         cond_mask = cond_mask.bool()
         torch._assert_async((cond_mask[:, 1:] >= cond_mask[:, :-1]).all(), "padding has to stand left of the text")
-        return self.cls_embedding(cond), (~cond_mask).sum(1)
+        return self.cls_embedding(cond), (~cond_mask).sum(1), cond
+
+    def embed_codes(self, codes):
+        x = self.tok_embeddings(codes)
+        return x + self.code_features.embedding(codes) if self.code_features else x  # ..., C
+
+    def logits(self, x):
+        """Hidden states [..., C] -> logits [..., V], as one product."""
+        if not (f := self.code_features):
+            return self.output(x)
+        return F.linear(torch.cat([x, f.query(x)], -1), torch.cat([self.output.weight, f.key(f.vectors)], 1))
+
+    def caption_loss(self, x, ids):
+        """Mean cross-entropy in nats of caption tokens ids [B, n_cond] after their first, from the hidden states
+        x [B, n_cond, C] and the embeddings' own table."""
+        logits = (x[:, :-1] @ self.cls_embedding.tok_embeddings.weight.T.to(x.dtype)).float()
+        targets = ids[:, 1:].where(ids[:, :-1] != PAD, -100)  # -100: not counted
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return losses / (targets >= 0).sum().clamp(min=1)
 
     def transform(self, x, hidden=None, cache=None, position=None):
         """The blocks over x [B, T, C] from the first position on, or over the token x [B, C] at `position`."""
@@ -285,29 +379,32 @@ class GPT(nn.Module):
     def forward(self, tokens, cond, cond_mask=None, targets=None):
         """Teacher-forced logits; the same in training and evaluation but for dropout.
 
-        tokens int64 [B, t], the first t codes of each image, 0 <= t < h*w; cond int64 [B] labels (num_classes: none) or
-        features [B, n_cond, text_dim] with cond_mask bool [B, n_cond], True where there is text, padding on the left;
-        targets int64 [B, t+1]. Returns logits float32 [B, t+1, V], logits[:, i] for code i, and the mean cross-entropy
-        in nats per code (None without targets). Raises ValueError where shapes do not fit.
+        tokens int64 [B, t], the first t codes of each image, 0 <= t < h*w; cond int64 [B] labels (num_classes: none),
+        features [B, n_cond, text_dim] with cond_mask bool [B, n_cond], True where there is text, or caption tokens
+        int64 [B, n_cond]; padding stands left of the text; targets int64 [B, t+1]. Returns logits float32 [B, t+1, V],
+        logits[:, i] for code i, and the mean cross-entropy in nats per code, plus in training caption_loss_weight times
+        that of the caption's tokens (None without targets). Raises ValueError where shapes do not fit.
         """
         if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
             raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, t < h*w]")
-        prefix, hidden = self.embed_condition(cond, cond_mask)
-        x = torch.cat([prefix, self.tok_embeddings(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
+        prefix, hidden, cond = self.embed_condition(cond, cond_mask)
+        x = torch.cat([prefix, self.embed_codes(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
         x = self.transform(x, hidden)
-        logits = self.output(x[:, self.config.n_cond - 1 :]).float()  # B, t + 1, V
+        logits = self.logits(x[:, self.config.n_cond - 1 :]).float()  # B, t + 1, V
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is not None and self.training and self.config.caption_loss_weight:
+            loss = loss + self.config.caption_loss_weight * self.caption_loss(x[:, : self.config.n_cond], cond)
         return logits, loss
 
     def prefill(self, cond, cond_mask, cache):
         """Condition -> logits [B, V] of the first code, and the hidden lengths that `step` wants."""
-        prefix, hidden = self.embed_condition(cond, cond_mask)
+        prefix, hidden, _ = self.embed_condition(cond, cond_mask)
         x = self.transform(prefix, hidden, cache)
-        return self.output(x[:, -1]), hidden
+        return self.logits(x[:, -1]), hidden
 
     def step(self, codes, position, hidden, cache):
         """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
-        return self.output(self.transform(self.tok_embeddings(codes), hidden, cache, position))
+        return self.logits(self.transform(self.embed_codes(codes), hidden, cache, position))
 
     def new_cache(self, batch):
         return KVCache(self.config, batch, self.output.weight.device, self.output.weight.dtype)
@@ -323,6 +420,16 @@ class GPT(nn.Module):
         finally:
             for linear in linears:
                 linear.copy = None
+
+    @torch.no_grad()
+    def fold_code_features(self):
+        """Add what code vectors contribute to the tables themselves: the same logits from the published architecture,
+        and nothing more to compute in sampling. Training on would no longer know that codes are alike."""
+        if f := self.code_features:
+            self.tok_embeddings.weight += f.embed(f.vectors)
+            self.output.weight += f.key(f.vectors) @ f.query.weight
+            self.config, self.code_features = replace(self.config, code_dim=0), None
+        return self
 
     @classmethod
     def from_pretrained(cls, path, grid=None, **changes):

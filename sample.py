@@ -2,11 +2,14 @@
 
     python sample.py --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --cfg-scale 2 --top-k 50 --out samples.png
     python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes 207,360,387 --n 12 --cfg-scale 4
+    python sample.py --vq vq_ds16_t2i.pt --gpt t2i_XL_stage1_256.pt --t5 flan-t5-xl --grid 16x16 --cfg-scale 7.5 \\
+        --text "a red fox in the snow"
     torchrun --standalone --nproc_per_node=8 sample.py --vq vq_ds16_c2i.pt --gpt c2i_L_384.pt --grid 24x24 --n 50000 \\
         --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -26,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import kernels
+from captions import condition, open_reader
 from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8
 from encode import file_sha256
 from gpt import GPT
@@ -74,7 +78,7 @@ class Loop:
         c, device = model.config, model.output.weight.device
         length = c.grid[0] * c.grid[1]
         self.settings, self.cache = settings, model.new_cache(rows)
-        self.hidden = torch.zeros(rows, dtype=torch.long, device=device) if c.cond == "text" else None
+        self.hidden = torch.zeros(rows, dtype=torch.long, device=device) if c.cond != "class" else None
         self.noise = torch.zeros(batch, length, device=device)
         self.codes = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.last = torch.zeros(rows, dtype=torch.long, device=device)
@@ -151,7 +155,7 @@ def generate(
 ):  # fmt: skip
     """Draw codes int64 [B, h, w] in raster order.
 
-    cond is int64 [B] labels, or features [B, n_cond, text_dim] with cond_mask bool [B, n_cond]. Guidance runs
+    cond and cond_mask are those of GPT.forward: labels, features and their mask, or caption tokens. Guidance runs
     conditional and unconditional rows in one batch; cfg_scale 1 is none, and cfg_stop = n guides the first n codes only
     and drops the unconditional rows after them. Image i depends on (seed, first_index + i), not on its neighbours: bit
     for bit on a CPU, on a GPU as far as its matrix products round alike in batches of other sizes.
@@ -193,22 +197,22 @@ def decode(vq, codes, size=None):
     return np.concatenate(images)
 
 
-def paint_batches(vq, model, cond, cond_mask=None, starts=None, batch_size=64, size=None, progress=False, **settings):
-    """Paint the batches of cond that begin at `starts` (default: all); settings as for generate().
+def paint_batches(vq, model, cond, n, starts=None, batch_size=64, size=None, progress=False, **settings):
+    """Paint the batches of n images that begin at `starts` (default: all); settings as for generate().
 
-    Yields (start, uint8 images [b, H, W, 3], codes int64 [b, h, w], seconds for codes, seconds for decoding). On a GPU
-    the last batch is filled up: it takes the same kernels, and so rounds, as the others.
+    cond(indices) gives what generate() takes for images int64 [b]: (cond,) or (cond, cond_mask). Yields (start, uint8
+    images [b, H, W, 3], codes int64 [b, h, w], seconds for codes, seconds for decoding). On a GPU the last batch is
+    filled up: it takes the same kernels, and so rounds, as the others.
     """
-    n, device = len(cond), model.output.weight.device
+    device = model.output.weight.device
     starts = range(0, n, batch_size) if starts is None else starts
     many = len(starts) > 1
     for start in tqdm(starts, desc="images", unit="batch", disable=not (progress and many)):
         kept = min(batch_size, n - start)
         rows = batch_size if device.type == "cuda" and n > batch_size else kept
-        index = torch.arange(start, start + rows, device=cond.device).clamp(max=n - 1)
-        began, mask = time.perf_counter(), None if cond_mask is None else cond_mask[index]
-        bar = progress and not many
-        codes = generate(model, cond[index], mask, first_index=start, progress=bar, **settings)[:kept]
+        part = cond(torch.arange(start, start + rows).clamp(max=n - 1))
+        began, bar = time.perf_counter(), progress and not many
+        codes = generate(model, *part, first_index=start, progress=bar, **settings)[:kept]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         drawn = time.perf_counter()
@@ -218,8 +222,19 @@ def paint_batches(vq, model, cond, cond_mask=None, starts=None, batch_size=64, s
 
 def paint(vq, model, cond, cond_mask=None, **settings):
     """cond as for generate() -> uint8 images [N, H, W, 3] and codes [N, h, w]; settings as for paint_batches()."""
-    _, images, codes, *_ = zip(*paint_batches(vq, model, cond, cond_mask, **settings), strict=True)
+    tensors = [x.cpu() for x in (cond, cond_mask) if x is not None]
+    batches = paint_batches(vq, model, lambda index: [x[index] for x in tensors], len(cond), **settings)
+    _, images, codes, *_ = zip(*batches, strict=True)
     return np.concatenate(images), torch.cat(codes)
+
+
+def read_captions(model, reader, texts):
+    """Texts -> what generate() takes: (ids,) or (features, mask). An empty text is "no text" to either kind."""
+    cond, *mask = condition(reader.rows(texts), model.config.n_cond, reader.kind)
+    if reader.kind == "t5":  # caption tokens of an empty text are the end alone, which is what training knows as "none"
+        empty = torch.tensor([not text.strip() for text in texts])
+        cond[empty] = model.cls_embedding.uncond_embedding.to("cpu", cond.dtype)
+    return cond, *mask
 
 
 class Parts:
@@ -303,7 +318,10 @@ def options():
     what.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
     what.add_argument("--grid", help="ROWSxCOLUMNS of codes, for LlamaGen's files: 16x16 at 256 pixels, 24x24 at 384")
     what.add_argument("--classes", help="numbers or names, by commas (default: all in turn)")
-    what.add_argument("--n", type=int, help="images (default: one per class given, or eight per class, at most 80)")
+    what.add_argument("--text", action="append", default=[], help="a prompt; once for each (\"\": no text)")
+    what.add_argument("--text-file", type=Path, help="prompts, one a line")
+    what.add_argument("--t5", type=Path, help="folder of the encoder, for GPTs that read FLAN-T5's features")
+    what.add_argument("--n", type=int, help="images (default: one per class or prompt; of all classes 8, at most 80)")
     how = parser.add_argument_group("how")
     how.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (1: none)")
     how.add_argument("--cfg-stop", type=int, default=-1, help="codes that are guided (-1: all)")
@@ -319,7 +337,7 @@ def options():
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid, of the first 100 images")
     out.add_argument("--columns", type=int, help="images per row of the grid (default: one row per class, or 8)")
-    out.add_argument("--npz", type=Path, help="arr_0 = the n images, uint8 NHWC, classes shuffled; arr_1 = classes")
+    out.add_argument("--npz", type=Path, help="arr_0: images, uint8 NHWC; arr_1: classes (shuffled) or prompt numbers")
     out.add_argument("--folder", type=Path, help="one PNG per image")
     out.add_argument("--size", type=int, help="resize to this many pixels (published 384-pixel samples: 256)")
     return parser.parse_args()
@@ -330,8 +348,11 @@ def load_models(vq_path, gpt_path, grid, device, dtype="float32"):
 
     Raises ValueError where the GPT was trained on another tokenizer's codes.
     """
-    vq, gpt = VQModel.from_pretrained(vq_path), GPT.from_pretrained(gpt_path, grid=grid)
-    codes = read_file(gpt_path).get("codes", {})  # what encode.py said of the codes that this GPT was trained on
+    vq, gpt = VQModel.from_pretrained(vq_path), GPT.from_pretrained(gpt_path, grid=grid).fold_code_features()
+    content = read_file(gpt_path)
+    codes = content.get("codes", {})  # what encode.py said of the codes that this GPT was trained on
+    if "text_model" in content:
+        codes["text"]["model"] = content["text_model"].numpy().tobytes()
     if codes and codes["tokenizer_sha256"] != file_sha256(vq_path):
         raise ValueError(f"{gpt_path} was trained on codes of {codes['tokenizer']}, and {vq_path} is another tokenizer")
     if gpt.config.vocab_size != vq.config.codebook_size:
@@ -339,21 +360,51 @@ def load_models(vq_path, gpt_path, grid, device, dtype="float32"):
     return vq.to(device), gpt.to(device, getattr(torch, dtype)), codes
 
 
-def choose_classes(args, config, names):
-    """The label of every image, int64 [n]: the classes in turn, or shuffled for an npz, and how many go in a row."""
-    if config.cond != "class":
-        raise ValueError(f"{args.gpt} wants text; this command takes classes")
-    classes = list(range(config.num_classes))
-    if args.classes:
-        classes = parse_classes(args.classes, names, config.num_classes)
-    n = args.n if args.n is not None else len(classes) if args.classes else min(8 * len(classes), 80)
+def read_prompts(args):
+    """The texts of --text and --text-file."""
+    prompts = list(args.text)
+    if args.text_file:
+        try:
+            prompts += args.text_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.text_file} is not text in UTF-8: {error}") from None
+    return prompts
+
+
+def open_condition(args, gpt, codes, device):
+    """(classes or prompts to paint [M], what stands under the images of each, a function from indices into them to what
+    generate() takes)."""
+    names, prompts = codes.get("class_names", []), read_prompts(args)
+    if gpt.config.cond == "class":
+        if prompts or args.t5:
+            raise ValueError(f"{args.gpt} paints classes: leave --text, --text-file and --t5 out")
+        classes = list(range(gpt.config.num_classes))
+        if args.classes:
+            classes = parse_classes(args.classes, names, gpt.config.num_classes)
+        labels = torch.tensor(classes)
+        return classes, [names[i] if names else i for i in classes], lambda index: (labels[index],)
+    if args.classes or not prompts:
+        raise ValueError(f"{args.gpt} paints texts: give them with --text or --text-file, and no --classes")
+    reader = open_reader(codes.get("text"), args.t5, device, args.gpt)
+    if reader.size != (want := {"text": gpt.config.text_dim, "tokens": gpt.config.text_vocab_size}[gpt.config.cond]):
+        raise ValueError(f"{args.gpt} reads {want} channels a token, and the encoder in {args.t5} has {reader.size}")
+    for text in prompts[:10]:
+        if lost := reader.unread(text):
+            print(f"{text!r}: the model does not read {lost!r} (unknown words, or beyond its length)")
+    return prompts, prompts, lambda index: read_captions(gpt, reader, [prompts[i] for i in index])
+
+
+def choose_images(args, kinds, shuffle):
+    """Which of the classes or prompts each image shows, int64 [n]: in turn, or shuffled, and how many go in a row."""
+    asked = args.classes or args.text or args.text_file
+    n = args.n if args.n is not None else kinds if asked else min(8 * kinds, 80)
     if min(n, args.batch_size, *(1 if x is None else x for x in (args.columns, args.size))) < 1:
         raise ValueError("--n, --batch-size, --columns and --size have to be above 0")
-    if args.npz:  # balanced as well as n allows, and whatever part of the file is read
-        return np.random.default_rng(args.seed).permutation(np.resize(classes, n)), args.columns or min(n, 8)
-    per_class = n // len(classes)
-    columns = per_class if n % len(classes) == 0 and 1 < per_class <= 16 else min(n, 8)
-    return np.array(classes)[np.arange(n) * len(classes) // max(n, len(classes))], args.columns or columns
+    if shuffle:  # balanced as well as n allows, and whatever part of the file is read
+        return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), args.columns or min(n, 8)
+    each = n // kinds
+    columns = each if n % kinds == 0 and 1 < each <= 16 else min(n, 8)
+    return np.arange(n) * kinds // max(n, kinds), args.columns or columns
 
 
 def check_outputs(args, folder):
@@ -371,14 +422,16 @@ def main():
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     dtype = pick_dtype(args.dtype, device)
     vq, gpt, codes = load_models(args.vq, args.gpt, args.grid and parse_grid(args.grid), device, dtype)
-    names = codes.get("class_names", [])
-    labels, columns = choose_classes(args, gpt.config, names)
-    cond, starts = torch.from_numpy(labels).to(device), range(0, len(labels), args.batch_size)
+    kinds, names, cond = open_condition(args, gpt, codes, device)
+    shuffle = args.npz is not None and gpt.config.cond == "class"
+    which, columns = choose_images(args, len(kinds), shuffle)
+    which = torch.from_numpy(which)
+    starts = range(0, len(which), args.batch_size)
     settings = dict(
         cfg_scale=args.cfg_scale, cfg_stop=args.cfg_stop, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, greedy=args.greedy, seed=args.seed,
     )  # fmt: skip
-    check_request(gpt, cond, gpt.config.grid, first_index=0, **settings)
+    check_request(gpt, cond(which[:1])[0], gpt.config.grid, first_index=0, **settings)
     settings |= dict(batch_size=args.batch_size, size=args.size)
 
     long = args.npz or args.folder or (args.out if processes > 1 else None)  # such a run can be continued
@@ -389,7 +442,8 @@ def main():
     if rank == 0:
         check_outputs(args, parts.folder)
         files = {name: [str(path), path.stat().st_size] for name, path in (("vq", args.vq), ("gpt", args.gpt))}
-        what = dict(n=len(labels), classes=args.classes, shuffled=bool(args.npz), grid=gpt.config.grid, dtype=dtype)
+        of = hashlib.sha256(json.dumps(kinds).encode()).hexdigest()  # classes or prompts, one after the other
+        what = dict(n=len(which), of=of, shuffled=shuffle, grid=gpt.config.grid, dtype=dtype, t5=str(args.t5))
         parts.open(settings | files | what)
         if args.folder:
             args.folder.mkdir(parents=True, exist_ok=True)
@@ -398,8 +452,9 @@ def main():
 
     began, seconds = time.perf_counter(), np.zeros(2)  # for codes, for decoding
     todo = [start for start in starts[rank::processes] if not parts.path(start).exists()]
-    n = sum(min(args.batch_size, len(labels) - start) for start in todo)
-    for start, images, _, *spent in paint_batches(vq, gpt, cond, None, todo, progress=rank == 0, **settings):
+    n = sum(min(args.batch_size, len(which) - start) for start in todo)
+    batches = paint_batches(vq, gpt, lambda i: cond(which[i]), len(which), todo, progress=rank == 0, **settings)
+    for start, images, _, *spent in batches:
         for i, image in enumerate(images if args.folder else []):
             Image.fromarray(image).save(args.folder / f"{start + i:06}.png")
         parts.save(start, images)
@@ -413,13 +468,13 @@ def main():
         return
     rate = n / (time.perf_counter() - began)
     if args.npz:
-        save_npz(args.npz, len(labels), parts.load(starts), labels)
+        shown = np.array(kinds)[which] if gpt.config.cond == "class" else which.numpy()
+        save_npz(args.npz, len(which), parts.load(starts), shown)
     first = np.concatenate(list(parts.load(starts[: -(-100 // args.batch_size)])))[:100]
-    captions = [names[i] if names else i for i in labels[:100]]
-    save_grid(args.out, first, columns, captions, notice=codes.get("notice", ""))
+    save_grid(args.out, first, columns, [names[i] for i in which[:100]], notice=codes.get("notice", ""))
     if long:
         shutil.rmtree(parts.folder)
-    there = f" ({len(labels) - n} were there already)" if n < len(labels) else ""
+    there = f" ({len(which) - n} were there already)" if n < len(which) else ""
     print(f"{n} images{there}, {rate:.1f} images/s; codes {seconds[0]:.1f} s, decoding {seconds[1]:.1f} s: ", end="")
     print(*(path for path in (args.npz, args.folder, args.out) if path), sep=", ")
 

@@ -2,12 +2,15 @@
 
     python train_gpt.py --preset tiny --codes out/codes --lr 3e-3 --schedule cosine --max-steps 600 --out out/gpt
     python train_gpt.py --preset B --codes codes --max-steps 1500000 --out out/gpt_B    # LlamaGen's recipe
+
+The condition is what the codes come with: classes, FLAN-T5 features or caption tokens.
 """
 
 import argparse
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
 from vq import VQModel
 
-SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names")  # of training and held-out codes, and on resuming
+SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # in train and val, on resuming
 
 
 def options():
@@ -34,7 +37,10 @@ def options():
     model.add_argument("--cond-rope", choices=["identity", "zero"], help="default: identity; zero as LlamaGen")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
     model.add_argument("--dropout", type=float, default=0.1, help="of token embeddings, attention and FFN outputs")
-    model.add_argument("--cond-dropout", type=float, default=0.1, help="share trained without a class, for guidance")
+    model.add_argument("--cond-dropout", type=float, default=0.1, help="share trained without condition, for guidance")
+    model.add_argument("--code-features", action=argparse.BooleanOptionalAction, default=False,
+                       help="let it know what codes look like: their vectors in the tokenizer")
+    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="of the caption's own tokens")
     look = parser.add_argument_group("pictures")
     look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
@@ -42,21 +48,36 @@ def options():
     return parser.parse_args()
 
 
-def build_model(args, codes):
-    """The preset at the codes' sizes, or the file of --init, which has to fit them."""
+def build_model(args, codes, vq):
+    """The preset at the codes' sizes, or the file of --init, which has to fit them but for its kind of condition."""
     how = dict(dropout=args.dropout, cond_dropout=args.cond_dropout)
-    sizes = dict(vocab_size=codes.codebook_size, num_classes=len(codes.class_names))
+    text = codes.meta["text"]
+    if not text:
+        cond = dict(cond="class", n_cond=1, num_classes=len(codes.class_names), text_vocab_size=0)
+    elif text["kind"] == "t5":
+        cond = dict(cond="text", n_cond=text["length"], text_dim=text["size"], text_vocab_size=0)
+    else:
+        cond = dict(cond="tokens", n_cond=text["length"], text_vocab_size=text["size"])
+    fresh = cond | dict(cond_rope=args.cond_rope or "identity")
     if not args.init:
-        how |= dict(grid=codes.grid, cond_rope=args.cond_rope or "identity", n_kv_head=args.n_kv_head)
-        return GPT(GPTConfig(**PRESETS[args.preset or "B"] | sizes | how))
-    if args.preset or args.cond_rope or args.n_kv_head:
-        raise ValueError("--init takes the model from the file: leave --preset, --cond-rope and --n-kv-head out")
-    model = GPT.from_pretrained(args.init, grid=codes.grid, **how)
-    if model.config.cond != "class":
-        raise ValueError(f"--init {args.init} wants text, the codes have classes")
-    for name, size in sizes.items():
-        if getattr(model.config, name) != size:
-            raise ValueError(f"--init {args.init} has {name} {getattr(model.config, name)}, the codes have {size}")
+        how |= fresh | dict(vocab_size=codes.codebook_size, grid=codes.grid, n_kv_head=args.n_kv_head)
+        model = GPT(GPTConfig(**PRESETS[args.preset or "B"] | how))
+    elif args.preset or args.n_kv_head:
+        raise ValueError("--init takes the model from the file: leave --preset and --n-kv-head out")
+    else:
+        model = GPT.from_pretrained(args.init, grid=codes.grid, **how)
+        if model.config.vocab_size != codes.codebook_size:
+            found = f"{model.config.vocab_size} codes, {args.codes} has {codes.codebook_size}"
+            raise ValueError(f"--init {args.init} knows {found}")
+        if any(getattr(model.config, name) != value for name, value in cond.items()):
+            was, will = (f"{c['cond']} ({c['n_cond']} tokens)" for c in (vars(model.config), cond))
+            print(f"--init {args.init} was conditioned by {was}: {will} begins anew, the rest goes on")
+            model.set_condition(**fresh)
+        elif args.cond_rope:
+            raise ValueError("--cond-rope is for conditions that begin anew, and this one goes on from the file")
+    model.config = replace(model.config, caption_loss_weight=args.caption_loss_weight)
+    if args.code_features:
+        model.see_codes(vq.quantize.codebook())
     return model
 
 
@@ -81,20 +102,28 @@ def evaluate(model, codes, args, device):
     total, order = 0.0, spread(args.eval_images, len(codes))
     for part in order.split(args.micro_batch_size):
         tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
-        labels = torch.from_numpy(codes.labels[part.numpy()]).to(device)
+        cond = (x.to(device) for x in codes.condition(part.numpy()))
         with common.evaluating(model):
-            total += len(part) * model(tokens[:, :-1], labels, targets=tokens)[1]
+            total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1]
     return float(total) / len(order)
 
 
+def sample_conditions(codes, val_codes, n=64):
+    """What the sample grids show, the same every time: classes evenly, or held-out captions; and their names."""
+    if codes.captions:
+        pick = spread(n, len(val_codes)).numpy()
+        return val_codes.condition(pick), val_codes.names(pick)
+    labels = torch.arange(n) * len(codes.class_names) // n
+    return (labels,), [codes.class_names[i] for i in labels]
+
+
 def page(vq, codes, path):
-    """64 stored training images decoded, with their classes: the first thing to look at when training goes nowhere."""
+    """64 stored training images decoded, with their conditions: to be looked at when training goes nowhere."""
     pick = spread(64, len(codes))
     tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
     device = vq.post_quant_conv.weight.device
     images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
-    names = [codes.class_names[i] for i in codes.labels[pick.numpy()]]
-    common.save_grid(path, common.to_uint8(images), 8, names, notice=codes.meta["notice"])
+    common.save_grid(path, common.to_uint8(images), 8, codes.names(pick.numpy()), notice=codes.meta["notice"])
 
 
 def main():
@@ -107,7 +136,7 @@ def main():
     val_codes.check(**{name: codes.meta[name] for name in SAME})
     vq = open_tokenizer(args, codes, device)
 
-    model = build_model(args, codes).to(device).train()
+    model = build_model(args, codes, vq).to(device).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimizer = common.make_optimizer(model, args, device)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
@@ -125,33 +154,34 @@ def main():
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{n_parameters:.1f}M parameters, {len(codes)} images x {codes.codes.shape[1]} crops of {codes.grid} codes, "
-        f"{len(codes.class_names)} classes, {len(val_codes)} held out, {device} {dtype}; see {args.out / 'codes.png'}"
+        f"{f'captions ({model.config.cond})' if codes.captions else f'{len(codes.class_names)} classes'}, "
+        f"{len(val_codes)} held out, {device} {dtype}; see {args.out / 'codes.png'}"
     )
-    sample_labels = torch.arange(64) * len(codes.class_names) // 64  # fixed, and so are the seeds
+    sample_cond, sample_names = sample_conditions(codes, val_codes)
 
     def save(step):
         common.check_finite(model, step)
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(data={name: codes.meta[name] for name in SAME}, rng=common.rng_state(device))
         common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed))
-        common.save_file(args.out / "gpt.pt", dict(best.checkpoint(), codes=codes.meta, step=step))
+        common.save_file(args.out / "gpt.pt", dict(best.checkpoint(), **codes.origin(), step=step))
 
     def picture(name):
         how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-        images, _ = paint(vq, best, sample_labels.to(device), **how)
+        images, _ = paint(vq, best, *(x.to(device) for x in sample_cond), **how)
         release(best)  # training needs the memory
-        names = [codes.class_names[i] for i in sample_labels]
-        common.save_grid(args.out / name, images, 8, names, notice=codes.meta["notice"])
+        common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
 
     means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step")
     step = start_step
     while (progress := common.progress(args, step, elapsed)) < 1:
         lr = common.learning_rate(args, step, progress)
-        tokens, labels = (x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed))
-        for part, part_labels in zip(*(x.split(args.micro_batch_size) for x in (tokens, labels)), strict=True):
+        batch = [x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed)]
+        tokens = batch[0]
+        for part, *cond in zip(*(x.split(args.micro_batch_size) for x in batch), strict=True):
             with common.autocast(device, dtype):
-                _, loss = run_model(part[:, :-1], part_labels, targets=part)
+                _, loss = run_model(part[:, :-1], *cond, targets=part)
             (loss * len(part) / len(tokens)).backward()
             means.add(len(part) / len(tokens), loss=loss)
         means.add(grad_norm=common.update(model, optimizer, lr, args.clip))

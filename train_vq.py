@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from data import eval_batches, image_batches, load_images
+from data import DATA_HELP, as_size, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
@@ -34,9 +34,9 @@ ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_sat
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", required=True, help="digits, emoji, or a folder of images or of class folders")
+    data.add_argument("--data", required=True, help=DATA_HELP)
     data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
-    data.add_argument("--size", type=int, default=256, help="pixels of a square crop")
+    data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
@@ -119,7 +119,7 @@ def main():
     common.check_training_options(args)
     if args.compile and args.adaptive_disc_weight:
         raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
-    device = common.pick_device(args.device)
+    args.size, device = as_size(args.size), common.pick_device(args.device)
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     train_set = load_images(args.data, "train", args.size, args.val_data)

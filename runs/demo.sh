@@ -13,4 +13,4 @@ $python train_vq.py --preset tiny --data digits --size 32 --perceptual-weight 0 
 $python encode.py --vq "$out/vq/vq.pt" --data digits --size 32 --crops random --n-random 6 --out "$out/codes"
 $python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 1000 --batch-size 64 --lr 3e-3 \
   --schedule cosine --warmup-steps 20 --eval-every 200 --picture-every 200 --no-compile
-$python evaluate.py digits --vq "$out/vq/vq.pt" --gpt "$out/gpt/gpt.pt" --codes "$out/codes" --out "$out"
+$python demo.py digits --vq "$out/vq/vq.pt" --gpt "$out/gpt/gpt.pt" --codes "$out/codes" --out "$out"

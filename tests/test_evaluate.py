@@ -391,7 +391,7 @@ def test_recon(monkeypatch, run_dir, network):
     as_processes(2, lambda: call(monkeypatch, "recon", *common, "--out", run_dir / "two", "--batch-size", 7))
     two = json.loads((run_dir / "two" / "recon.json").read_text())
     for name in ("psnr", "ssim", "ssim_as_llamagen", "codes_used", "perplexity", "images"):
-        assert two[name] == pytest.approx(result[name], rel=1e-5)
+        assert two[name] == pytest.approx(result[name], rel=1e-5, abs=1e-6)  # SSIM is near 0 here
     assert (run_dir / "two" / "recon.png").read_bytes() == (run_dir / "one" / "recon.png").read_bytes()
 
     full = evaluate.load_images
@@ -462,7 +462,7 @@ def test_bad_references_and_networks(monkeypatch, capsys, network, pictures, tmp
 def test_bad_codes(monkeypatch, capsys, run_dir):
     save_file(run_dir / "other.pt", small_gpt(vocab_size=17).checkpoint())
     save_file(run_dir / "few.pt", small_gpt().checkpoint())
-    for gpt, message in (("other.pt", "has 17 codes and reads a class; .* has 16"), ("few.pt", "has 3 classes, .* 10")):
+    for gpt, message in (("other.pt", "has 17 codes and reads class; .* has 16"), ("few.pt", "has 3 classes, .* 10")):
         error = fails(monkeypatch, capsys, "likelihood", "--gpt", run_dir / gpt, "--codes", run_dir / "codes")
         assert re.search(message, error), error
     save_file(run_dir / "vq2.pt", dict(small_vq().checkpoint(), more=1))

@@ -1,0 +1,229 @@
+"""Captions as conditions of a GPT, and the files that hold them.
+
+A caption is a row of T tokens: ids of a sentencepiece model, or features of FLAN-T5 with C channels each. Rows end with
+an end token and are padded on the left where they meet in a batch. A picture may have several captions.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from gpt import END, PAD
+from t5 import T5Encoder, clean_caption
+
+
+def train_tokenizer(captions, vocab_size, kind):
+    """A sentencepiece model of captions (an iterable of strings), as bytes; ids 0 to 2 are padding, end, unknown.
+
+    kind: "unigram", "bpe" or "word". Letters are folded to lower case, characters outside the vocabulary become bytes
+    (not with "word"). At most a million captions are read for it. ValueError if no vocabulary can be made of them.
+    """
+    out, more = io.BytesIO(), {} if kind == "word" else dict(byte_fallback=True)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=out, vocab_size=vocab_size, model_type=kind,
+            hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", character_coverage=1.0,
+            pad_id=PAD, eos_id=END, unk_id=2, bos_id=-1, input_sentence_size=1_000_000, num_threads=1, minloglevel=2,
+            **more,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer could be made of these captions: {str(error).splitlines()[0]}") from None
+    return out.getvalue()
+
+
+class CaptionTokens:
+    """Captions as ids of a sentencepiece model, given as bytes; ValueError if it is none, or has other special ids."""
+
+    kind = "tokens"
+
+    def __init__(self, model, length, source="the tokenizer"):
+        self.model, self.length = bytes(model), length
+        try:
+            self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{source}: not a sentencepiece model ({str(error).strip()[:120]})") from None
+        if (ends := (self.tokenizer.pad_id(), self.tokenizer.eos_id())) != (PAD, END):
+            raise ValueError(f"{source}: padding and end have to be tokens {PAD} and {END}, not {ends}")
+        self.size = len(self.tokenizer)
+
+    def about(self):
+        """What meta.json says of captions read so; CaptionFile knows them by it."""
+        sha = hashlib.sha256(self.model).hexdigest()
+        return dict(kind=self.kind, size=self.size, length=self.length, model_sha256=sha)
+
+    def rows(self, texts):
+        """int64 arrays [T], one for each text, with the end; longer ones are cut to `length`."""
+        return [np.array([*ids[: self.length - 1], END]) for ids in self.tokenizer.encode(list(texts))]
+
+    def unread(self, text):
+        """What of a text the model will not see: the pieces that the vocabulary lacks, and those beyond the length."""
+        pieces, ids = self.tokenizer.encode(text, out_type=str), self.tokenizer.encode(text)
+        unknown = self.tokenizer.unk_id()
+        lost = [piece for i, piece in enumerate(pieces) if ids[i] == unknown or i >= self.length - 1]
+        return "".join(lost).replace("▁", " ").strip()
+
+
+class CaptionFeatures:
+    """Captions, cleaned up, as features of a T5Encoder that was read from the folder `source`."""
+
+    kind = "t5"
+
+    def __init__(self, encoder, length, source):
+        self.encoder, self.length, self.source, self.size = encoder, length, str(source), encoder.config.d_model
+
+    def about(self):
+        """What meta.json says of captions read so; CaptionFile knows them by it."""
+        return dict(kind=self.kind, size=self.size, length=self.length, t5=self.source)
+
+    def rows(self, texts):
+        """uint16 arrays [T, C], the bits of bfloat16, one for each text; longer ones are cut to `length`."""
+        features, mask = self.encoder.encode([clean_caption(text) for text in texts], self.length)
+        bits = features.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)  # B, T, C
+        return [row[:n] for row, n in zip(bits, mask.sum(1).tolist(), strict=True)]
+
+    def unread(self, text):
+        """What of a text the model will not see: what stands beyond the length."""
+        pieces = self.encoder.tokenizer.encode(clean_caption(text), out_type=str)
+        return "".join(pieces[self.length - 1 :]).replace("▁", " ").strip()
+
+
+def open_reader(about, t5_folder, device, source):
+    """What turns texts into the rows that a GPT was trained on, by what its codes say of captions and its tokenizer.
+
+    Where `about` is None (published files) the rows are those of FLAN-T5-XL in t5_folder, 120 tokens.
+    """
+    about = about or dict(kind="t5", length=120)
+    if about["kind"] == "tokens":
+        if t5_folder:
+            raise ValueError(f"{source} reads captions by a tokenizer of its own: leave --t5 out")
+        return CaptionTokens(about["model"], about["length"], source)
+    folder = t5_folder or about.get("t5")
+    if not folder:
+        raise ValueError(f"{source} reads features of FLAN-T5-XL: give its folder with --t5")
+    return CaptionFeatures(T5Encoder.from_pretrained(folder, device), about["length"], folder)
+
+
+def condition(rows, length, kind):
+    """Rows of at most `length` tokens -> what GPT.forward takes, padded on the left: (ids int64 [B, length],), or
+    (features bfloat16 [B, length, C], mask bool [B, length])."""
+    shape = (len(rows), length, *rows[0].shape[1:])
+    cond, mask = np.zeros(shape, np.int64 if kind == "tokens" else np.uint16), np.zeros(shape[:2], bool)
+    for i, row in enumerate(rows):
+        cond[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    if kind == "tokens":
+        return (torch.from_numpy(cond),)  # padding is token 0
+    return torch.from_numpy(cond.view(np.int16)).view(torch.bfloat16), torch.from_numpy(mask)
+
+
+# Files
+
+
+def _row_dtype(kind, size):
+    return np.dtype(np.int32 if kind == "tokens" and size > 65536 else np.uint16)
+
+
+class CaptionWriter:
+    """Writes the captions of pictures, in order, beside their codes: text.bin, text_offsets.npz, captions.jsonl, and
+    tokenizer.model where there is one.
+
+    text.bin holds the valid tokens of every caption and nothing else; only offsets are kept in memory. Use as a context
+    manager; the files take their names when it closes without an error.
+    """
+
+    def __init__(self, folder, reader):
+        self.folder, self.reader, self.dtype = Path(folder), reader, _row_dtype(reader.kind, reader.size)
+        self.captions, self.rows = [0], [0]  # ends of the pictures in captions, of the captions in rows
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.values, self.texts = (open(self._temporary(name), "wb") for name in ("text.bin", "captions.jsonl"))
+
+    def _temporary(self, name):
+        return self.folder / f".{name}.partial"
+
+    def write(self, captions):
+        """The captions of some more pictures, a list of strings for each."""
+        rows = iter(self.reader.rows([text for texts in captions for text in texts]))
+        for texts in captions:
+            for row in itertools.islice(rows, len(texts)):
+                self.values.write(row.astype(self.dtype).tobytes())
+                self.rows.append(self.rows[-1] + len(row))
+            self.captions.append(self.captions[-1] + len(texts))
+            self.texts.write(json.dumps(texts).encode() + b"\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        self.values.close()
+        self.texts.close()
+        names = ["text.bin", "captions.jsonl", "text_offsets.npz"]
+        if error is None:
+            with open(self._temporary("text_offsets.npz"), "wb") as file:
+                np.savez(file, captions=np.array(self.captions), rows=np.array(self.rows))
+            if self.reader.kind == "tokens":
+                names.append("tokenizer.model")
+                self._temporary("tokenizer.model").write_bytes(self.reader.model)
+        for name in names:
+            if error is None:
+                self._temporary(name).replace(self.folder / name)
+            else:
+                self._temporary(name).unlink(missing_ok=True)
+
+
+class CaptionFile:
+    """What CaptionWriter wrote for n pictures, opened and checked; `about` is its reader's, out of meta.json.
+
+    Raises ValueError, naming the file, where something is missing, truncated or does not fit.
+    """
+
+    def __init__(self, folder, about, n):
+        self.folder, self.kind, self.size, self.length = Path(folder), about["kind"], about["size"], about["length"]
+        path = self.folder / "text_offsets.npz"
+        try:
+            with np.load(path) as file:
+                self.captions, self.rows = file["captions"], file["rows"]
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(f"{path} is missing, truncated or damaged ({error})") from None
+        counts = np.diff(self.captions), np.diff(self.rows)
+        if len(self.captions) != n + 1 or len(self.rows) != self.captions[-1] + 1 or min(c.min() for c in counts) < 1:
+            raise ValueError(f"{path} does not hold the captions of {n} pictures")
+        if counts[1].max() > self.length:
+            raise ValueError(f"{path} has a caption of {counts[1].max()} tokens, and {self.length} is the longest")
+        shape = (int(self.rows[-1]),) if self.kind == "tokens" else (int(self.rows[-1]), self.size)
+        path, dtype = self.folder / "text.bin", _row_dtype(self.kind, self.size)
+        if not path.is_file() or path.stat().st_size != int(np.prod(shape)) * dtype.itemsize:
+            raise ValueError(f"{path} is missing or truncated: it should hold {dtype} {list(shape)}")
+        self.values = np.memmap(path, dtype, "r", shape=shape)
+        self.model = None
+        if self.kind == "tokens":
+            self._check_tokens(path, about["model_sha256"])
+
+    def _check_tokens(self, path, sha256):
+        for first in range(0, len(self.values), 1 << 20):
+            if (most := int(self.values[first : first + (1 << 20)].max())) >= self.size:
+                raise ValueError(f"{path} holds token {most}, the vocabulary ends at {self.size - 1}")
+        path = self.folder / "tokenizer.model"
+        self.model = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(self.model).hexdigest() != sha256:
+            raise ValueError(f"{path} is missing, or not the one that these captions were written with")
+
+    def condition(self, indices, draws=None):
+        """The condition of pictures [B]: of their first captions, or of caption `draws[i]` modulo their number."""
+        first, count = self.captions[indices], self.captions[np.asarray(indices) + 1] - self.captions[indices]
+        chosen = first if draws is None else first + draws % count
+        rows = [np.asarray(self.values[self.rows[j] : self.rows[j + 1]]) for j in chosen]
+        return condition(rows, self.length, self.kind)
+
+    def texts(self, indices):
+        """The first captions of pictures, as they were read."""
+        wanted, found = set(map(int, indices)), {}
+        with open(self.folder / "captions.jsonl", encoding="utf-8") as file:
+            for i, line in enumerate(file):
+                if i in wanted:
+                    found[i] = json.loads(line)[0]
+        return [found[int(i)] for i in indices]

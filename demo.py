@@ -1,0 +1,273 @@
+"""Score the demos' models: does a classifier of real digits read in a picture what it was asked for?
+
+    python demo.py digits --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --codes out/demo/codes --out out/demo
+    python demo.py text --vq out/text/vq/vq.pt --gpt out/text/gpt/gpt.pt --codes out/text/codes --out out/text
+
+Each writes report.json and samples.png.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.svm import SVC
+
+import kernels
+from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
+from captions import open_reader
+from common import cli, pick_device, save_grid, to_uint8
+from data import center_crop, load_images, to_tensor
+from encode import CodeFile
+from evaluate import reconstruct, reconstruction_psnr
+from sample import load_models, paint, read_captions
+from vq import usage_and_perplexity
+
+# Guidance and top-k that `digits` tries on one seed before it reports the best on another.
+CANDIDATES = [dict(cfg_scale=s, top_k=k) for s in (1.0, 1.5, 2.0, 3.0) for k in (0, 50)]
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)  # of `text`: all are reported
+
+
+def as_pixels(image_set):
+    """Every image of a digits set -> float32 [N, 3, 32, 32] in [-1, 1]."""
+    return torch.stack([to_tensor(center_crop(image, 32)) for image in image_set.images])
+
+
+def shrink(images):
+    """[N, H, W, ...] in 0..255 -> float32 [N, F] in 0..1: means of 4 x 4 pixels, as digits were before enlargement."""
+    n, h, w = images.shape[:3]
+    return images.reshape(n, h // 4, 4, w // 4, 4, -1).mean((2, 4), dtype=np.float32).reshape(n, -1) / 255
+
+
+def grey(images):
+    """uint8 [N, 32, 32, 3] -> float32 [N, 64]: the 8 x 8 grey levels in [0, 1] that scikit-learn's digits have."""
+    return shrink(images.mean(-1, dtype=np.float32))
+
+
+def classifier():
+    """A support vector machine that reads the training digits' grey levels."""
+    train_set = load_images("digits", "train", 32)
+    return SVC(C=10.0, gamma="scale").fit(grey(to_uint8(as_pixels(train_set))), train_set.labels)
+
+
+def nearest(a, b):
+    """For each row of a [N, F] the root-mean-square distance to the nearest row of b [M, F]."""
+    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b)).min(1).values.numpy() / a.shape[1] ** 0.5
+
+
+def copying(samples, train, held_out, sample_codes, train_codes, held_out_codes):
+    """Are samples closer to training digits than real held-out digits are? And do they repeat stored codes whole?"""
+    stored = {row.tobytes() for row in train_codes}
+    same = {}
+    for name, rows in (("sample", sample_codes), ("held_out", held_out_codes)):
+        same[name] = float(np.mean([row.tobytes() in stored for row in rows]))
+    to_train, real_to_train = nearest(samples, train), nearest(held_out, train)
+    return {
+        "sample_to_train": float(np.median(to_train)),
+        "held_out_to_train": float(np.median(real_to_train)),
+        "sample_closer_than_closest_percent_of_held_out": float((to_train < np.quantile(real_to_train, 0.01)).mean()),
+        "sample_codes_in_train": same["sample"],
+        "held_out_codes_in_train": same["held_out"],
+    }
+
+
+def stages(args, start):
+    """Seconds of every stage and the losses, from the folders that the training scripts made."""
+    folders = dict(tokenizer=args.vq.parent, encode=args.codes, gpt=args.gpt.parent)
+    results = {name: json.loads((folder / "result.json").read_text()) for name, folder in folders.items()}
+    seconds = {name: round(result["seconds"], 1) for name, result in results.items()}
+    seconds["sample and score"] = round(time.perf_counter() - start, 1)
+    losses = {name: results["gpt"][name] for name in ("train_loss", "val_loss")}
+    return dict(seconds=dict(seconds, total=round(sum(seconds.values()), 1)), **losses)
+
+
+def digits(args):
+    """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in painted digits."""
+    start = time.perf_counter()
+    device = pick_device(args.device)
+    vq, gpt, _ = load_models(args.vq, args.gpt, None, device)
+    codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
+    train_set, val_set = (load_images("digits", split, 32) for split in ("train", "val"))
+    train, val = as_pixels(train_set), as_pixels(val_set)
+    with torch.no_grad():
+        rec = torch.cat([vq(part.to(device))[0].cpu() for part in val.split(64)])
+    quality = reconstruction_psnr(val, rec)
+    counts = kernels.code_usage(torch.from_numpy(codes.codes[:].astype(np.int64)), codes.codebook_size)
+    usage, perplexity = map(float, usage_and_perplexity(counts))
+
+    train_grey, val_grey = grey(to_uint8(train)), grey(to_uint8(val))
+    judge = classifier()
+    labels = np.arange(args.n) % 10
+
+    def score(seed, settings):
+        images, painted = paint(vq, gpt, torch.from_numpy(labels).to(device), batch_size=500, seed=seed, **settings)
+        return float((judge.predict(grey(images)) == labels).mean()), images, painted
+
+    tried = {json.dumps(s): score(args.choose_seed, s)[0] for s in CANDIDATES}
+    chosen = json.loads(max(tried, key=tried.get))
+    accuracy, images, painted = score(args.seed, chosen)
+    save_grid(args.out / "samples.png", images[:100], 10, [f"{i}" for i in labels[:100]], scale=2)
+
+    report = dict(
+        **stages(args, start), psnr=float(quality.mean()), codebook_usage=usage, perplexity=perplexity,
+        sample_accuracy=accuracy, real_accuracy=float(judge.score(val_grey, val_set.labels)),
+        sampling=dict(chosen, seed=args.seed, samples=args.n), tried_on_seed={str(args.choose_seed): tried},
+        copying=copying(grey(images), train_grey, val_grey, painted.flatten(1).cpu().numpy().astype(np.uint16),
+                        codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0]),
+    )  # fmt: skip
+    (args.out / "report.json").write_text(json.dumps(report, indent=1))
+    print_digits(report, args)
+
+
+def print_digits(report, args):
+    c, s = report["copying"], report["sampling"]
+    rows = [
+        ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())),
+        ("held-out PSNR", f"{report['psnr']:.2f} dB"),
+        ("codes used", f"{report['codebook_usage']:.1%}, perplexity {report['perplexity']:.0f}"),
+        ("GPT loss", f"{report['train_loss']:.3f} training, {report['val_loss']:.3f} held out (nats per code)"),
+        ("painted digits read right", f"{report['sample_accuracy']:.1%} of {s['samples']} (cfg {s['cfg_scale']}, top-k "
+                                      f"{s['top_k']}; settings chosen on another seed)"),
+        ("real digits read right", f"{report['real_accuracy']:.1%} of the held-out ones, by the same classifier"),
+        ("nearest training digit", f"{c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} from held-"
+                                   "out digits (RMS grey level)"),
+        ("code for code in training", f"{c['sample_codes_in_train']:.1%} of painted, "
+                                      f"{c['held_out_codes_in_train']:.1%} of held-out digits"),
+    ]  # fmt: skip
+    print("\n".join(f"{name:28}{value}" for name, value in rows))
+    pictures = args.out / "samples.png", args.vq.parent / "reconstructions.png", args.gpt.parent / "samples.png"
+    print(f"{'pictures':28}{', '.join(map(str, pictures))}")
+
+
+# Two digits and their colours
+
+
+def read_pictures(images, judge):
+    """uint8 [N, 32, 64, 3] -> int64 [N, 5] as digits_text() says what they show: digits, colours, ground.
+
+    The ground is the named one nearest to the median of each half's outer columns, where digits seldom reach; the
+    colour is the one that explains the pixels best as ground + ink * (colour - ground), ink in 0..1; the digit is what
+    the classifier reads in that ink.
+    """
+    colours, grounds = (np.array(list(c.values()), np.float32) for c in (COLOURS, GROUNDS))
+    halves = images.reshape(-1, 32, 2, 32, 3).transpose(2, 0, 1, 3, 4).astype(np.float32)  # 2, N, 32, 32, 3
+    margin = halves[..., [0, 1, 30, 31], :].transpose(1, 0, 2, 3, 4).reshape(len(images), -1, 3)
+    truth = np.zeros((len(images), 5), np.int64)
+    truth[:, 4] = np.square(np.median(margin, 1)[:, None] - grounds).sum(-1).argmin(1)
+    ground = grounds[truth[:, 4], None, None]  # N, 1, 1, 3
+    for side, x in enumerate(halves):
+        inks, errors = [], []
+        for colour in colours:
+            way = colour - ground
+            ink = ((x - ground) * way).sum(-1) / np.square(way).sum(-1)
+            inks.append(ink.clip(0, 1))  # N, 32, 32
+            errors.append(np.square(x - ground - inks[-1][..., None] * way).sum((1, 2, 3)))
+        truth[:, 2 + side] = np.argmin(errors, 0)
+        ink = np.stack(inks)[truth[:, 2 + side], np.arange(len(images))]
+        truth[:, side] = judge.predict(shrink(255 * ink))
+    return truth
+
+
+def score(read, truth):
+    """Shares in which each digit, each colour, the ground, the order and all of it are right, of [N, 5] each.
+
+    The order is right where what was read fits the caption better than its mirror image does.
+    """
+    right, mirrored = read == truth, read[:, [1, 0, 3, 2, 4]] == truth
+    same = (truth[:, 0] == truth[:, 1]) & (truth[:, 2] == truth[:, 3])
+    order = (right.sum(1) > mirrored.sum(1)) | same
+    shares = dict(digits=right[:, :2], colours=right[:, 2:4], ground=right[:, 4], order=order, all=right.all(1))
+    return {name: float(share.mean()) for name, share in shares.items()}
+
+
+def text(args):
+    """The report of `make demo-text`: how often pictures show what their captions say, for captions never seen, too."""
+    start, device = time.perf_counter(), pick_device(args.device)
+    vq, gpt, codes_meta = load_models(args.vq, args.gpt, None, device)
+    codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
+    reader, judge = open_reader(codes_meta.get("text"), args.t5, device, args.gpt), classifier()
+    report = dict(samples=args.n, seed=args.seed, reconstructed={}, real={}, painted={})
+    shown, captions, seen = [], [], None
+    for split in SPLITS[2:]:
+        real, truth = digits_text(split, args.n, args.seed)
+        pixels = np.stack([np.asarray(image) for image in real["images"]])
+        report["real"][split] = score(read_pictures(pixels, judge), truth)
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        again = torch.cat([reconstruct(vq, part.to(device))[0] for part in x.split(64)]).permute(0, 2, 3, 1).numpy()
+        report["reconstructed"][split] = score(read_pictures(again, judge), truth)
+        texts = [texts[0] for texts in real["captions"]]
+        cond = read_captions(gpt, reader, texts)
+        for scale in GUIDANCE:
+            images, painted = paint(vq, gpt, *cond, batch_size=args.n, seed=args.seed, cfg_scale=scale)
+            read = read_pictures(images, judge)
+            report["painted"].setdefault(f"{scale}", {})[split] = score(read, truth)
+            if scale == args.cfg_scale:
+                shown.append(images[:6])
+                captions += texts[:6]
+            if scale == args.cfg_scale and split == "seen":
+                shuffled = np.random.default_rng(0).permutation(args.n)
+                report["captions_shuffled"] = score(read, truth[shuffled])
+                seen = images, painted, pixels
+    images, painted, held_out = seen
+    train = np.stack([np.asarray(image) for image in load_images("digits-text", "train", 32).images])
+    report["copying"] = copying(
+        shrink(images), shrink(train), shrink(held_out), painted.flatten(1).cpu().numpy().astype(np.uint16),
+        codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0],
+    )  # fmt: skip
+    save_grid(args.out / "samples.png", np.concatenate(shown), 6, captions, scale=3)
+    report.update(cfg_scale=args.cfg_scale, **stages(args, start))
+    (args.out / "report.json").write_text(json.dumps(report, indent=1))
+    print_text(report, args)
+
+
+def print_text(report, args):
+    chosen, c = report["painted"][f"{args.cfg_scale}"], report["copying"]
+
+    def line(title, row, name="all"):
+        print(f"{title:26}" + "".join(f"{100 * row[split][name]:>17.1f}" for split in row))
+
+    print(f"{'% right':26}" + "".join(f"{split:>17}" for split in chosen))
+    line("all, real pictures", report["real"])
+    line("all, reconstructions", report["reconstructed"])
+    for scale, row in report["painted"].items():
+        line(f"all, painted, guidance {scale}", row)
+    for name in ("digits", "colours", "ground", "order"):
+        line(f"{name}, guidance {args.cfg_scale}", chosen, name)
+    print(f"captions shuffled: {report['captions_shuffled']['all']:.1%} all right")
+    print(f"nearest training picture, RMS level: {c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} "
+          f"from real; same codes as one: {c['sample_codes_in_train']:.1%}, {c['held_out_codes_in_train']:.1%}")
+    print(", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
+    print(f"pictures: {args.out / 'samples.png'}, {args.gpt.parent / 'samples.png'}")
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for run in (digits, text):
+        p = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        p.add_argument("--vq", type=Path, required=True, help="tokenizer, in the folder that train_vq.py made")
+        p.add_argument("--gpt", type=Path, required=True, help="GPT, in the folder that train_gpt.py made")
+        p.add_argument("--codes", type=Path, required=True, help="folder that encode.py made")
+        p.add_argument("--out", type=Path, required=True, help="folder for report.json and samples.png")
+        p.add_argument("--seed", type=int, default=0, help="of what is reported")
+        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+        p.set_defaults(run=run)
+    p = commands.choices["digits"]
+    p.add_argument("--n", type=int, default=500, help="digits to paint, classes in turn")
+    p.add_argument("--choose-seed", type=int, default=1, help="of the digits on which the sampling settings are chosen")
+    p = commands.choices["text"]
+    p.add_argument("--n", type=int, default=320, help="prompts of each kind")
+    p.add_argument("--cfg-scale", type=float, default=2.0, choices=GUIDANCE, help="guidance of details and pictures")
+    p.add_argument("--t5", type=Path, help="folder of the encoder, for GPTs that read its features, if it has moved")
+    return parser.parse_args()
+
+
+def main():
+    args = options()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli(main)
