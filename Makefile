@@ -1,8 +1,12 @@
-# make demo: train both stages on real digits and paint; make test: ruff and pytest. Both set themselves up in .venv.
+# make demo: train both stages on real digits and paint; make demo-text: the same from captions; make test: ruff and
+# pytest. Each sets itself up in .venv.
 PYTHON ?= python3
 
 demo: .venv/demo-ready
 	PYTHON=.venv/bin/python bash runs/demo.sh
+
+demo-text: .venv/demo-ready
+	PYTHON=.venv/bin/python bash runs/demo_text.sh
 
 test: .venv/test-ready
 	.venv/bin/ruff check .
@@ -18,4 +22,4 @@ test: .venv/test-ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo demo-text test

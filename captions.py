@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ class CaptionFile:
         try:
             with np.load(path) as file:
                 self.captions, self.rows = file["captions"], file["rows"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is missing, truncated or damaged ({error})") from None
         counts = np.diff(self.captions), np.diff(self.rows)
         if len(self.captions) != n + 1 or len(self.rows) != self.captions[-1] + 1 or min(c.min() for c in counts) < 1:

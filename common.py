@@ -66,7 +66,10 @@ def pick_dtype(name, device):
 
 
 def add_training_options(parser, **defaults):
-    """The options that train_vq.py and train_gpt.py share; `defaults` are those of the script's published recipe."""
+    """The options that train_vq.py and train_gpt.py share; `defaults` are those of the script's published recipe.
+
+    Returns the group "optimisation", for more of them.
+    """
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
     run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
@@ -92,6 +95,7 @@ def add_training_options(parser, **defaults):
     opt.add_argument("--weight-decay", type=float, default=0.05, help="on matrices and kernels, not on vectors")
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm (0: none)")
     opt.add_argument("--ema", type=float, default=0.0, help="decay per step of the averaged weights (0: none)")
+    return opt
 
 
 def check_training_options(args):
@@ -111,14 +115,21 @@ def check_training_options(args):
         raise ValueError(f"--ema {args.ema} is not in [0, 1)")
 
 
-def make_optimizer(model, args, device):
-    """AdamW with weight decay on tensors of two or more dimensions only (matrices, kernels, tables)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model, args, device, muon=()):
+    """{name: optimizer}: AdamW, with weight decay on tensors of two or more dimensions (matrices, kernels, tables).
+
+    The matrices in `muon` go to Muon instead: momentum, orthogonalised, and scaled so that AdamW's rates serve (Liu et
+    al. 2025, arXiv 2502.16982, section 2.2).
+    """
+    muon = list(muon)
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in muon)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda")
+    betas, how = (args.beta1, args.beta2), dict(weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=device.type == "cuda")}
+    return optimizers | ({"muon": torch.optim.Muon(muon, lr=args.lr, **how)} if muon else {})
 
 
 def progress(args, step, elapsed):
@@ -134,13 +145,14 @@ def learning_rate(args, step, progress):
     return warm * (args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def update(model, optimizer, lr, clip):
-    """One optimizer step on the gradients that are there, clipped; returns their norm before, on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def update(model, optimizers, lr, clip):
+    """One step of each optimizer on the gradients that are there, clipped; returns their norm before, on the device."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return norm
 
 
@@ -193,7 +205,7 @@ def read_weights(path):
     The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
     """
     content = read_file(path)
-    if "optimizer" in content and "rng" in content:
+    if "elapsed" in content and "rng" in content:
         raise ValueError(f"{path} is a training state, for --resume: the model is the other .pt file beside it")
     keys = ("ema", "model", "module", "state_dict")
     weights = next((content[k] for k in keys if isinstance(content.get(k), dict) and content[k]), content)

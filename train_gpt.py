@@ -44,7 +44,8 @@ def options():
     look = parser.add_argument_group("pictures")
     look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
-    common.add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    opt = common.add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the blocks' matrices")
     return parser.parse_args()
 
 
@@ -138,8 +139,9 @@ def main():
 
     model = build_model(args, codes, vq).to(device).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimizer = common.make_optimizer(model, args, device)
-    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    muon = [p for p in model.layers.parameters() if p.dim() == 2] if args.optimizer == "muon" else []
+    optimizers = common.make_optimizers(model, args, device, muon)
+    parts = dict(model=model, ema=ema, **optimizers)
     parts = {name: part for name, part in parts.items() if part is not None}
 
     start_step, elapsed = 0, 0.0
@@ -184,7 +186,7 @@ def main():
                 _, loss = run_model(part[:, :-1], *cond, targets=part)
             (loss * len(part) / len(tokens)).backward()
             means.add(len(part) / len(tokens), loss=loss)
-        means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
+        means.add(grad_norm=common.update(model, optimizers, lr, args.clip))
         if ema:
             common.update_ema(ema, model, args.ema, step)
 

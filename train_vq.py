@@ -129,11 +129,12 @@ def main():
 
     model = build_model(args).to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimizer = common.make_optimizer(model, args, device)
+    optimizers = common.make_optimizers(model, args, device)
     disc = PatchGAN().to(device) if args.disc_weight else None
-    disc_optimizer = common.make_optimizer(disc, args, device) if disc else None
+    disc_optimizers = common.make_optimizers(disc, args, device) if disc else {}
     g_loss_fn, d_loss_fn = ADVERSARIAL[args.disc_loss]
-    parts = dict(model=model, ema=ema, optimizer=optimizer, disc=disc, disc_optimizer=disc_optimizer)
+    parts = dict(model=model, ema=ema, disc=disc, **optimizers)
+    parts |= {f"disc_{name}": optimizer for name, optimizer in disc_optimizers.items()}
     parts = {name: part for name, part in parts.items() if part is not None}
 
     start_step, elapsed = 0, 0.0
@@ -189,7 +190,7 @@ def main():
             (share * loss).backward()
             fakes.append(rec.detach())
             means.add(share, loss=loss, **losses)
-        means.add(grad_norm=common.update(model, optimizer, lr, args.clip))
+        means.add(grad_norm=common.update(model, optimizers, lr, args.clip))
         if ema:
             common.update_ema(ema, model, args.ema, step)
             if moved:  # an average of two places is no code
@@ -206,7 +207,7 @@ def main():
                 (share * d_loss).backward()
                 accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
                 means.add(share, disc_loss=d_loss, disc_accuracy=accuracy)
-            common.update(disc, disc_optimizer, lr, args.clip)
+            common.update(disc, disc_optimizers, lr, args.clip)
 
         step += 1
         bar.update()

@@ -152,12 +152,12 @@ def test_tokenizer_overfits_one_batch():
     model = VQModel(VQConfig(**VQ)).train()
     images = F.interpolate(torch.rand(2, 3, 4, 4), size=16) * 2 - 1
     args = SimpleNamespace(lr=5e-3, weight_decay=0.0, beta1=0.9, beta2=0.95)
-    optimizer = common.make_optimizer(model, args, torch.device("cpu"))
+    optimizers = common.make_optimizers(model, args, torch.device("cpu"))
     for _ in range(200):
         rec, code_losses, codes = model(images)
         mse = F.mse_loss(rec, images)
         (mse + sum(code_losses.values())).backward()
-        common.update(model, optimizer, args.lr, 1.0)
+        common.update(model, optimizers, args.lr, 1.0)
     assert mse < 0.02 < images.var() / 10 and len(codes.unique()) > 8
 
 
@@ -246,7 +246,7 @@ RUNS = {
     "vq": (train_vq, "vq.pt", lambda p, c: vq_options(
         p, "--model-dropout", 0.1, "--disc-start", 2, "--disc-warmup", 1, "--kmeans-step", 2, "--restart-every", 4,
         "--micro-batch-size", 4), 9),
-    "gpt": (train_gpt, "gpt.pt", lambda p, c: gpt_options(c, "--micro-batch-size", 4), 6),
+    "gpt": (train_gpt, "gpt.pt", lambda p, c: gpt_options(c, "--micro-batch-size", 4, "--optimizer", "muon"), 6),
 }  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
         assert whole.pop("elapsed", 0) != cut.pop("elapsed", 1)
         assert same(whole, cut)
     state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
-    assert {"model", "ema", "optimizer", "rng", "step"} <= set(state)
+    assert {"model", "ema", "adamw", "rng", "step"} <= set(state)
     assert not same(state["model"], state["ema"])
     saved = torch.load(tmp_path / "whole" / file, weights_only=True)["model"]
     assert same(saved, state["ema"])  # what is evaluated and sampled
@@ -426,19 +426,19 @@ def test_update_decays_matrices_only_and_clips():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Conv2d(1, 1, 2))
     before = [p.detach().clone() for p in model.parameters()]
     args = SimpleNamespace(lr=7.0, weight_decay=0.1, beta1=0.8, beta2=0.9)
-    optimizer = common.make_optimizer(model, args, torch.device("cpu"))
+    optimizers = common.make_optimizers(model, args, torch.device("cpu"))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    assert common.update(model, optimizer, 0.5, 1.0) == 0
+    assert common.update(model, optimizers, 0.5, 1.0) == 0
     for p, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), old * (0.95 if p.dim() >= 2 else 1.0))
         assert p.grad is None
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert {group["betas"] for group in optimizers["adamw"].param_groups} == {(0.8, 0.9)}
     p = torch.nn.Parameter(torch.zeros(2))
     for clip, moved in ((0.5, [-0.3, -0.4]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
         p.data.zero_()
         p.grad = torch.tensor([3.0, 4.0])
-        assert common.update(torch.nn.ParameterList([p]), torch.optim.SGD([p]), 1.0, clip) == 5
+        assert common.update(torch.nn.ParameterList([p]), dict(sgd=torch.optim.SGD([p])), 1.0, clip) == 5
         torch.testing.assert_close(p.data, torch.tensor(moved), atol=1e-5, rtol=1e-5)
 
 
