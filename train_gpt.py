@@ -8,7 +8,7 @@ The condition is what the codes come with: classes, FLAN-T5 features or caption 
 
 import argparse
 import copy
-import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import training
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
@@ -44,7 +45,7 @@ def options():
     look = parser.add_argument_group("pictures")
     look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
-    opt = common.add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    opt = training.add_training_options(parser, max_steps=1_500_000, batch_size=256)
     opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the blocks' matrices")
     return parser.parse_args()
 
@@ -91,28 +92,23 @@ def open_tokenizer(args, codes, device):
     return VQModel.from_pretrained(path).to(device)
 
 
-def spread(n, total):
-    """n indices, at most `total` of them, evenly over 0..total-1."""
-    n = min(n, total)
-    return torch.arange(n) * total // n
-
-
 @torch.no_grad()
 def evaluate(model, codes, args, device):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
-    total, order = 0.0, spread(args.eval_images, len(codes))
-    for part in order.split(args.micro_batch_size):
+    (rank, world), order = common.launched(), training.spread(args.eval_images, len(codes))
+    total = torch.zeros((), dtype=torch.float64)
+    for part in order[rank::world].split(args.micro_batch_size):
         tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
         cond = (x.to(device) for x in codes.condition(part.numpy()))
         with common.evaluating(model):
-            total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1]
-    return float(total) / len(order)
+            total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1].cpu()
+    return float(training.total(total)) / len(order)
 
 
 def sample_conditions(codes, val_codes, n=64):
     """What the sample grids show, the same every time: classes evenly, or held-out captions; and their names."""
     if codes.captions:
-        pick = spread(n, len(val_codes)).numpy()
+        pick = training.spread(n, len(val_codes)).numpy()
         return val_codes.condition(pick), val_codes.names(pick)
     labels = torch.arange(n) * len(codes.class_names) // n
     return (labels,), [codes.class_names[i] for i in labels]
@@ -120,17 +116,15 @@ def sample_conditions(codes, val_codes, n=64):
 
 def page(vq, codes, path):
     """64 stored training images decoded, with their conditions: to be looked at when training goes nowhere."""
-    pick = spread(64, len(codes))
+    pick = training.spread(64, len(codes))
     tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
     device = vq.post_quant_conv.weight.device
     images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
     common.save_grid(path, common.to_uint8(images), 8, codes.names(pick.numpy()), notice=codes.meta["notice"])
 
 
-def main():
-    args = options()
-    common.check_training_options(args)
-    device = common.pick_device(args.device)
+def train(args, device, rank, world, asked):
+    """The run; `asked` as training.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
@@ -140,65 +134,71 @@ def main():
     model = build_model(args, codes, vq).to(device).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     muon = [p for p in model.layers.parameters() if p.dim() == 2] if args.optimizer == "muon" else []
-    optimizers = common.make_optimizers(model, args, device, muon)
+    optimizers = training.make_optimizers(model, args, muon)
     parts = dict(model=model, ema=ema, **optimizers)
     parts = {name: part for name, part in parts.items() if part is not None}
 
-    start_step, elapsed = 0, 0.0
-    if args.resume:
-        start_step, elapsed, trained_on = common.load_state(args.out / "state.pt", parts, device)
+    torch.manual_seed(args.seed + rank)  # each process drops other things
+    start_step, elapsed, trained_on = training.load_state(args.out, args, parts, device)
+    if trained_on:
         codes.check(**trained_on)
     compile_model = args.compile if args.compile is not None else device.type == "cuda"
-    run_model = torch.compile(model) if compile_model else model
+    run_model = training.parallel(torch.compile(model) if compile_model else model, device)
     best = ema or model  # what is evaluated, sampled and saved
-    log = common.RunLog(args.out, args, start_step)
-    page(vq, codes, args.out / "codes.png")
-    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"{n_parameters:.1f}M parameters, {len(codes)} images x {codes.codes.shape[1]} crops of {codes.grid} codes, "
-        f"{f'captions ({model.config.cond})' if codes.captions else f'{len(codes.class_names)} classes'}, "
-        f"{len(val_codes)} held out, {device} {dtype}; see {args.out / 'codes.png'}"
-    )
+    log = training.RunLog(args.out, args, start_step)
     sample_cond, sample_names = sample_conditions(codes, val_codes)
+    if rank == 0:
+        page(vq, codes, args.out / "codes.png")
+        print(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(codes)} images x "
+            f"{codes.codes.shape[1]} crops of {codes.grid} codes, "
+            f"{f'captions ({model.config.cond})' if codes.captions else f'{len(codes.class_names)} classes'}, "
+            f"{len(val_codes)} held out, {world} x {device} {dtype}; see {args.out / 'codes.png'}"
+        )
 
     def save(step):
-        common.check_finite(model, step)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= dict(data={name: codes.meta[name] for name in SAME}, rng=common.rng_state(device))
-        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed))
-        common.save_file(args.out / "gpt.pt", dict(best.checkpoint(), **codes.origin(), step=step))
+        files = {"gpt.pt": dict(best.checkpoint(), **codes.origin(), step=step)}
+        data = {name: codes.meta[name] for name in SAME}
+        return training.save_state(args.out, args, step, elapsed, parts, files, data, device)
 
     def picture(name):
-        how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-        images, _ = paint(vq, best, *(x.to(device) for x in sample_cond), **how)
-        release(best)  # training needs the memory
-        common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
+        if rank == 0:
+            how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
+            images, _ = paint(vq, best, *(x.to(device) for x in sample_cond), **how)
+            release(best)  # training needs the memory
+            common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
 
-    means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
-    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step")
-    step = start_step
-    while (progress := common.progress(args, step, elapsed)) < 1:
-        lr = common.learning_rate(args, step, progress)
-        batch = [x.to(device, non_blocking=True) for x in codes.code_batch(step, args.batch_size, args.seed)]
-        tokens = batch[0]
-        for part, *cond in zip(*(x.split(args.micro_batch_size) for x in batch), strict=True):
-            with common.autocast(device, dtype):
-                _, loss = run_model(part[:, :-1], *cond, targets=part)
-            (loss * len(part) / len(tokens)).backward()
-            means.add(len(part) / len(tokens), loss=loss)
-        means.add(grad_norm=common.update(model, optimizers, lr, args.clip))
+    means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
+    since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
+    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step", disable=rank > 0)
+    step, stopped = start_step, False
+    while (progress := training.progress(args, step, elapsed)) < 1 and not stopped:
+        lr = training.learning_rate(args, step, progress)
+        batch = codes.code_batch(step, args.batch_size, args.seed, rank, world)
+        batch = [x.to(device, non_blocking=True).split(args.micro_batch_size) for x in batch]
+        for i, (tokens, *cond) in enumerate(zip(*batch, strict=True), 1):
+            with training.unsynchronised(run_model, i < len(batch[0])), training.advice(args, "these codes"):
+                with common.autocast(device, dtype):
+                    _, loss = run_model(tokens[:, :-1], *cond, targets=tokens)
+                (loss / len(batch[0])).backward()
+            means.add(loss=loss)
+        norm = training.update(model, optimizers, lr, args.clip)
+        means.add(grad_norm=norm)
+        bad_steps.add(norm)
         if ema:
-            common.update_ema(ema, model, args.ema, step)
+            training.update_ema(ema, model, args.ema, step)
 
         step += 1
         bar.update()
-        elapsed = time.perf_counter() - began
-        last = common.progress(args, step, elapsed) >= 1
+        elapsed = training.clock(args, time.perf_counter() - began)
+        stopped = training.agree(asked)
+        last = stopped or training.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
-            row, dt_ms, since = means.pop(), timer() / (step - since), step
-            speed = dict(dt_ms=dt_ms, tokens_per_s=1000 * tokens.numel() / dt_ms, mem_gib=common.peak_gib(device))
-            log.write(step=step, **row, lr=lr, **speed)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
+            row, dt_ms, since = means.pop() | bad_steps.pop(step), timer() / (step - since), step
+            tokens_per_s = 1000 * args.batch_size * codes.grid[0] * codes.grid[1] / dt_ms
+            row |= dict(lr=lr, dt_ms=dt_ms, tokens_per_s=tokens_per_s, mem_gib=training.peak_gib(device))
+            log.write(step=step, **row)
+            bar.set_postfix(loss=f"{row.get('loss', math.nan):.3f}", lr=f"{lr:.1e}")
         if last:
             break
         with timer.paused():
@@ -211,14 +211,24 @@ def main():
                 save(step)
 
     bar.close()
-    save(step)
+    if not save(step):
+        raise OSError(f"{args.out}: the last checkpoint could not be written, the one before it stands")
+    if stopped:
+        return training.say(f"stopped at step {step}, as a signal asked: --resume goes on")
     train_loss = next((row["loss"] for row in reversed(log.rows) if "loss" in row), None)
     final = dict(train_loss=train_loss, val_loss=evaluate(best, val_codes, args, device))
     log.write(step=step, val_loss=final["val_loss"])
     log.plot()
     picture("samples.png")
-    (args.out / "result.json").write_text(json.dumps(dict(seconds=elapsed, steps=step, **final), indent=1))
-    print(f"{step} steps in {elapsed:.0f} s, held-out loss {final['val_loss']:.3f} nats per code: {args.out}")
+    log.result(seconds=elapsed, steps=step, **final)
+    training.say(f"{step} steps in {elapsed:.0f} s, held-out loss {final['val_loss']:.3f} nats per code: {args.out}")
+
+
+def main():
+    args = options()
+    with training.stopping() as asked, training.processes(args.device) as (device, rank, world):
+        training.check_training_options(args, world)
+        train(args, device, rank, world, asked)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 import argparse
 import copy
-import json
+import math
 import time
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+import training
 from data import DATA_HELP, as_size, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
 from losses import (
@@ -60,7 +61,7 @@ def options():
     loss.add_argument("--disc-warmup", type=int, default=1000, help="steps before that: only the critic trains")
     loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge")
     loss.add_argument("--adaptive-disc-weight", action="store_true", help="VQGAN, eq. 7")
-    common.add_training_options(parser, max_steps=400_000, batch_size=128)
+    training.add_training_options(parser, max_steps=400_000, batch_size=128)
     return parser.parse_args()
 
 
@@ -79,15 +80,17 @@ def build_model(args):
 @torch.no_grad()
 def evaluate(model, lpips, val_set, args, device):
     """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
-    loss, quality, n = 0.0, 0.0, 0
-    for images, _, _ in eval_batches(val_set, args.size, args.micro_batch_size, limit=args.eval_images):
+    (rank, world), sums = common.launched(), torch.zeros(3, dtype=torch.float64)  # of losses, of PSNR, and images
+    mine = val_set.subset(training.spread(args.eval_images, len(val_set))[rank::world])
+    for images, _, _ in eval_batches(mine, args.size, args.micro_batch_size):
         images = images.to(device)
         with common.evaluating(model):
             rec, _, _ = model(images)
-        loss += len(images) * (F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0))
-        quality += reconstruction_psnr(images, rec).sum()
-        n += len(images)
-    return {"val_loss": float(loss) / n, "val_psnr": float(quality) / n}
+        loss = F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0)
+        quality = reconstruction_psnr(images, rec).sum()
+        sums += torch.tensor([len(images) * float(loss), float(quality), len(images)], dtype=torch.float64)
+    loss, quality, n = training.total(sums).tolist()
+    return {"val_loss": loss / n, "val_psnr": quality / n}
 
 
 @torch.no_grad()
@@ -114,12 +117,8 @@ def first_features(model, train_set, args, device, dtype, per_code=32):
     return torch.cat(parts)
 
 
-def main():
-    args = options()
-    common.check_training_options(args)
-    if args.compile and args.adaptive_disc_weight:
-        raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
-    args.size, device = as_size(args.size), common.pick_device(args.device)
+def train(args, device, rank, world, asked):
+    """The run; `asked` as training.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     train_set = load_images(args.data, "train", args.size, args.val_data)
@@ -129,36 +128,43 @@ def main():
 
     model = build_model(args).to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimizers = common.make_optimizers(model, args, device)
+    optimizers = training.make_optimizers(model, args)
     disc = PatchGAN().to(device) if args.disc_weight else None
-    disc_optimizers = common.make_optimizers(disc, args, device) if disc else {}
+    if disc and world > 1 and device.type == "cuda":  # its batch statistics over all processes
+        disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
+    disc_optimizers = training.make_optimizers(disc, args) if disc else {}
     g_loss_fn, d_loss_fn = ADVERSARIAL[args.disc_loss]
     parts = dict(model=model, ema=ema, disc=disc, **optimizers)
     parts |= {f"disc_{name}": optimizer for name, optimizer in disc_optimizers.items()}
     parts = {name: part for name, part in parts.items() if part is not None}
 
-    start_step, elapsed = 0, 0.0
-    if args.resume:
-        start_step, elapsed, _ = common.load_state(args.out / "state.pt", parts, device)
+    torch.manual_seed(args.seed + rank)  # each process drops and redraws other things
+    start_step, elapsed, _ = training.load_state(args.out, args, parts, device)
     compile_model = device.type == "cuda" and not args.adaptive_disc_weight if args.compile is None else args.compile
-    run_model = torch.compile(model) if compile_model else model
+    run_model = training.parallel(torch.compile(model) if compile_model else model, device)
+    run_disc = training.parallel(disc, device) if disc else None
     best = ema or model  # what is evaluated, drawn and saved
-    log = common.RunLog(args.out, args, start_step)
-    batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers)
+    log = training.RunLog(args.out, args, start_step)
+    batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers,
+                            rank=rank, world=world)  # fmt: skip
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, {device} {dtype}")
+    training.say(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, "
+                 f"{world} x {device} {dtype}")  # fmt: skip
 
     def save(step):
-        common.check_finite(model, step)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        common.save_file(args.out / "state.pt", dict(state, step=step, elapsed=elapsed, rng=common.rng_state(device)))
-        common.save_file(args.out / "vq.pt", dict(best.checkpoint(), step=step))
+        return training.save_state(args.out, args, step, elapsed, parts, {"vq.pt": dict(best.checkpoint(), step=step)},
+                                   None, device)  # fmt: skip
 
-    means, since, timer, began = common.Means(), start_step, common.Timer(), time.perf_counter() - elapsed
-    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step")
-    step = start_step
-    while (progress := common.progress(args, step, elapsed)) < 1:
-        lr = common.learning_rate(args, step, progress)
+    def draw(name):
+        if rank == 0:
+            picture(best, val_set, args.size, device, args.out / name)
+
+    means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
+    since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
+    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
+    step, stopped = start_step, False
+    while (progress := training.progress(args, step, elapsed)) < 1 and not stopped:
+        lr = training.learning_rate(args, step, progress)
         images = next(batches)[0].to(device, memory_format=torch.channels_last, non_blocking=True)
         moved = step == args.kmeans_step > 0
         if moved:
@@ -169,10 +175,9 @@ def main():
 
         # The tokenizer: pixels, perception, codebook, and from disc_start on the critic's opinion.
         adversarial = disc is not None and step >= args.disc_start
-        fakes = []
-        for part in images.split(args.micro_batch_size):
-            share = len(part) / len(images)
-            with common.autocast(device, dtype):
+        fakes, micro = [], images.split(args.micro_batch_size)
+        for i, part in enumerate(micro, 1):
+            with common.autocast(device, dtype), training.advice(args, f"{args.size} pixels"):
                 rec, code_losses, _ = run_model(part)
                 losses = {"mse": F.mse_loss(rec.float(), part)}
                 if lpips:
@@ -187,38 +192,42 @@ def main():
                 losses["adversarial"] = weight * g_loss
             losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
             loss = sum(losses.values())
-            (share * loss).backward()
+            with training.unsynchronised(run_model, i < len(micro)), training.advice(args, f"{args.size} pixels"):
+                (loss / len(micro)).backward()
             fakes.append(rec.detach())
-            means.add(share, loss=loss, **losses)
-        means.add(grad_norm=common.update(model, optimizers, lr, args.clip))
+            means.add(loss=loss, **losses)
+        norm = training.update(model, optimizers, lr, args.clip)
+        means.add(grad_norm=norm)
+        bad_steps.add(norm)
         if ema:
-            common.update_ema(ema, model, args.ema, step)
+            training.update_ema(ema, model, args.ema, step)
             if moved:  # an average of two places is no code
                 ema.quantize.set_codes(model.quantize.embedding.weight)
 
         # The critic, which starts earlier so that it knows something when it is first asked.
         if disc is not None and step >= args.disc_start - args.disc_warmup:
             disc.requires_grad_(True)
-            for part, fake in zip(images.split(args.micro_batch_size), fakes, strict=True):
-                share = len(part) / len(images)
-                with common.autocast(device, dtype):
-                    real_logits, fake_logits = disc(part).float(), disc(fake).float()
-                d_loss = d_loss_fn(real_logits, fake_logits)
-                (share * d_loss).backward()
+            for i, (part, fake) in enumerate(zip(micro, fakes, strict=True), 1):
+                with training.unsynchronised(run_disc, i < len(micro)):
+                    with common.autocast(device, dtype):
+                        real_logits, fake_logits = run_disc(part).float(), run_disc(fake).float()
+                    d_loss = d_loss_fn(real_logits, fake_logits)
+                    (d_loss / len(micro)).backward()
                 accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
-                means.add(share, disc_loss=d_loss, disc_accuracy=accuracy)
-            common.update(disc, disc_optimizers, lr, args.clip)
+                means.add(disc_loss=d_loss, disc_accuracy=accuracy)
+            training.update(disc, disc_optimizers, lr, args.clip)
 
         step += 1
         bar.update()
-        elapsed = time.perf_counter() - began
-        last = common.progress(args, step, elapsed) >= 1
+        elapsed = training.clock(args, time.perf_counter() - began)
+        stopped = training.agree(asked)
+        last = stopped or training.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
             usage, perplexity = map(float, usage_and_perplexity(model.quantize.window_counts()))
-            row, dt_ms, since = means.pop(), timer() / (step - since), step
+            row, dt_ms, since = means.pop() | bad_steps.pop(step), timer() / (step - since), step
             log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
-                      images_per_s=1000 * args.batch_size / dt_ms, mem_gib=common.peak_gib(device))  # fmt: skip
-            bar.set_postfix(loss=f"{row['loss']:.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
+                      images_per_s=1000 * args.batch_size / dt_ms, mem_gib=training.peak_gib(device))  # fmt: skip
+            bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
         if last:
             break
         with timer.paused():
@@ -226,18 +235,31 @@ def main():
                 log.write(step=step, **evaluate(best, lpips, val_set, args, device))
                 log.plot()
             if args.picture_every and step % args.picture_every == 0:
-                picture(best, val_set, args.size, device, args.out / f"reconstructions_{step:06}.png")
+                draw(f"reconstructions_{step:06}.png")
             if args.save_every and step % args.save_every == 0:
                 save(step)
 
     bar.close()
-    save(step)
+    if not save(step):
+        raise OSError(f"{args.out}: the last checkpoint could not be written, the one before it stands")
+    if stopped:
+        return training.say(f"stopped at step {step}, as a signal asked: --resume goes on")
     final = evaluate(best, lpips, val_set, args, device)
     log.write(step=step, **final)
     log.plot()
-    picture(best, val_set, args.size, device, args.out / "reconstructions.png")
-    (args.out / "result.json").write_text(json.dumps(dict(seconds=elapsed, steps=step, **final), indent=1))
-    print(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")
+    draw("reconstructions.png")
+    log.result(seconds=elapsed, steps=step, **final)
+    training.say(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")
+
+
+def main():
+    args = options()
+    args.size = as_size(args.size)
+    if args.compile and args.adaptive_disc_weight:
+        raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
+    with training.stopping() as asked, training.processes(args.device) as (device, rank, world):
+        training.check_training_options(args, world)
+        train(args, device, rank, world, asked)
 
 
 if __name__ == "__main__":

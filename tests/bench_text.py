@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402 - needs the path above
+import training  # noqa: E402
 from encode import CodeFile  # noqa: E402
 from gpt import GPT, PAD, PRESETS, GPTConfig  # noqa: E402
 from t5 import FIXED, T5Config, T5Encoder  # noqa: E402
@@ -59,7 +60,7 @@ def train_along(args, codes, vq, folder):
     recipe = argparse.Namespace(**RECIPE, max_steps=args.max_steps, max_minutes=float("inf"), min_lr=0.0,
                                 beta1=0.9, beta2=0.95, weight_decay=0.05)  # fmt: skip
     torch.manual_seed(args.seed)
-    t5, device = new_t5(codes), torch.device("cpu")
+    t5 = new_t5(codes)
     text = dict(kind="t5", size=t5.config.d_model, length=codes.captions.length, t5=str(folder / "t5"))
     config = GPTConfig(**PRESETS["tiny"], vocab_size=codes.codebook_size, cond="text", n_cond=text["length"],
                        text_dim=text["size"], grid=codes.grid, dropout=recipe.dropout)  # fmt: skip
@@ -67,13 +68,13 @@ def train_along(args, codes, vq, folder):
     model.gpt.see_codes(vq.quantize.codebook())
     muon = [p for part in (model.gpt.layers, t5.encoder) for n, p in part.named_parameters()
             if p.dim() == 2 and "bias" not in n]  # fmt: skip
-    optimizers = common.make_optimizers(model, recipe, device, muon)
-    timer = common.Timer()
+    optimizers = training.make_optimizers(model, recipe, muon)
+    timer = training.Timer()
     for step in tqdm(range(args.max_steps), desc="T5, trained along"):
         tokens, ids = codes.code_batch(step, recipe.batch_size, args.seed)
         _, loss = model(tokens[:, :-1], ids, tokens)
         loss.backward()
-        common.update(model, optimizers, common.learning_rate(recipe, step, step / args.max_steps), 1.0)
+        training.update(model, optimizers, training.learning_rate(recipe, step, step / args.max_steps), 1.0)
     result = dict(seconds=timer() / 1000, steps=args.max_steps, train_loss=float(loss.detach()), val_loss=None)
     save_t5(t5, codes, folder / "t5")
     (folder / "gpt").mkdir(exist_ok=True)

@@ -20,10 +20,12 @@ import losses
 import sample
 import train_gpt
 import train_vq
+import training
 import vq
-from common import learning_rate, save_file
+from common import save_file
 from encode import CodeWriter, file_sha256
 from gpt import GPT
+from training import learning_rate
 from vq import VQConfig, VQModel
 
 VQ = dict(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4)
@@ -106,7 +108,7 @@ def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
         "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json", "log.jsonl", "loss.png", "reconstructions.png", "reconstructions_000002.png",
-        "reconstructions_000004.png", "result.json", "state.pt", "vq.pt"]  # fmt: skip
+        "reconstructions_000004.png", "result.json", "state.pt", "state.pt.previous", "vq.pt"]  # fmt: skip
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and len(series(rows, "val_loss")) == 3
     assert set(steps[0]) == {"step", "loss", "mse", "codebook", "commitment", "entropy", "grad_norm", "lr", "usage",
@@ -152,12 +154,12 @@ def test_tokenizer_overfits_one_batch():
     model = VQModel(VQConfig(**VQ)).train()
     images = F.interpolate(torch.rand(2, 3, 4, 4), size=16) * 2 - 1
     args = SimpleNamespace(lr=5e-3, weight_decay=0.0, beta1=0.9, beta2=0.95)
-    optimizers = common.make_optimizers(model, args, torch.device("cpu"))
+    optimizers = training.make_optimizers(model, args)
     for _ in range(200):
         rec, code_losses, codes = model(images)
         mse = F.mse_loss(rec, images)
         (mse + sum(code_losses.values())).backward()
-        common.update(model, optimizers, args.lr, 1.0)
+        training.update(model, optimizers, args.lr, 1.0)
     assert mse < 0.02 < images.var() / 10 and len(codes.unique()) > 8
 
 
@@ -177,8 +179,8 @@ def test_kmeans_and_restarts_come_at_their_steps(pictures, tmp_path, monkeypatch
         method = getattr(vq.Quantizer, name)
         monkeypatch.setattr(vq.Quantizer, name, lambda book, z, name=name, method=method: (
             calls.append((len(step), name, tuple(z.shape))), method(book, z)))
-    rate = common.learning_rate
-    monkeypatch.setattr(common, "learning_rate", lambda *args: step.append(1) or rate(*args))
+    rate = training.learning_rate
+    monkeypatch.setattr(training, "learning_rate", lambda *args: step.append(1) or rate(*args))
     rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
         pictures, *NO_DISC, "--max-steps", 11, "--kmeans-step", 4, "--restart-every", 3, "--usage-window", 288))
     enough = (1152, 4)  # 32 vectors a code, out of batches of 8 x 36
@@ -230,7 +232,7 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, call):
     """`update` raises on its call number `call`; what is returned puts an end to that."""
-    update, calls = common.update, []
+    update, calls = training.update, []
 
     def counted(*args):
         calls.append(1)
@@ -238,8 +240,8 @@ def kill_at(monkeypatch, call):
             raise Killed
         return update(*args)
 
-    monkeypatch.setattr(common, "update", counted)
-    return lambda: monkeypatch.setattr(common, "update", update)
+    monkeypatch.setattr(training, "update", counted)
+    return lambda: monkeypatch.setattr(training, "update", update)
 
 
 RUNS = {
@@ -292,13 +294,13 @@ def test_accumulation_gives_the_same_gradient(name, pictures, codes, tmp_path, m
     script = RUNS[name][0]
     still = ("--dropout", 0, "--cond-dropout", 0, "--max-steps", 2)
     options = vq_options(pictures, *NO_DISC, "--max-steps", 2) if name == "vq" else gpt_options(codes, *still)
-    gradients, update = {}, common.update
+    gradients, update = {}, training.update
 
     def spy(model, *args):
         gradients.setdefault(size, []).append([p.grad.clone() for p in model.parameters()])
         return update(model, *args)
 
-    monkeypatch.setattr(common, "update", spy)
+    monkeypatch.setattr(training, "update", spy)
     logs = {}
     for size in (8, 4, 1):
         logs[size] = run(script, monkeypatch, tmp_path / str(size), *options, "--micro-batch-size", size)
@@ -385,7 +387,7 @@ def test_weights_that_do_not_fit_the_codes_are_refused(codes, tmp_path, monkeypa
 @pytest.mark.parametrize("flag, mirrored", [("--flip", True), ("--no-flip", False)])
 def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
     seen, image_batches = [], train_vq.image_batches
-    monkeypatch.setattr(train_vq, "image_batches", lambda s, *args: seen.append(s.flip) or image_batches(s, *args))
+    monkeypatch.setattr(train_vq, "image_batches", lambda s, *a, **kw: seen.append(s.flip) or image_batches(s, *a, **kw))
     run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(pictures, *NO_DISC, flag, "--max-steps", 1))
     assert seen == [mirrored]
     monkeypatch.setattr(sys, "argv", [
@@ -426,10 +428,10 @@ def test_update_decays_matrices_only_and_clips():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Conv2d(1, 1, 2))
     before = [p.detach().clone() for p in model.parameters()]
     args = SimpleNamespace(lr=7.0, weight_decay=0.1, beta1=0.8, beta2=0.9)
-    optimizers = common.make_optimizers(model, args, torch.device("cpu"))
+    optimizers = training.make_optimizers(model, args)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    assert common.update(model, optimizers, 0.5, 1.0) == 0
+    assert training.update(model, optimizers, 0.5, 1.0) == 0
     for p, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), old * (0.95 if p.dim() >= 2 else 1.0))
         assert p.grad is None
@@ -438,7 +440,7 @@ def test_update_decays_matrices_only_and_clips():
     for clip, moved in ((0.5, [-0.3, -0.4]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
         p.data.zero_()
         p.grad = torch.tensor([3.0, 4.0])
-        assert common.update(torch.nn.ParameterList([p]), dict(sgd=torch.optim.SGD([p])), 1.0, clip) == 5
+        assert training.update(torch.nn.ParameterList([p]), dict(sgd=torch.optim.SGD([p], fused=True)), 1.0, clip) == 5
         torch.testing.assert_close(p.data, torch.tensor(moved), atol=1e-5, rtol=1e-5)
 
 
@@ -447,23 +449,23 @@ def test_average_of_weights():
     ema, model = (torch.nn.BatchNorm1d(3) for _ in range(2))
     torch.nn.init.normal_(model.weight)
     model.running_mean += 5
-    common.update_ema(ema, model, 0.9, step=10**6)
+    training.update_ema(ema, model, 0.9, step=10**6)
     torch.testing.assert_close(ema.weight, 0.9 + 0.1 * model.weight)
-    common.update_ema(ema, model, 0.9, step=0)  # 1/10: the start is soon forgotten
+    training.update_ema(ema, model, 0.9, step=0)  # 1/10: the start is soon forgotten
     torch.testing.assert_close(ema.weight, 0.1 * (0.9 + 0.1 * model.weight) + 0.9 * model.weight)
     assert torch.equal(ema.running_mean, model.running_mean)
 
 
 def test_log_survives_a_line_cut_short(tmp_path):
     args = SimpleNamespace()
-    log = common.RunLog(tmp_path, args, 0)
+    log = training.RunLog(tmp_path, args, 0)
     for step in (1, 2, 3):
         log.write(step=step, loss=1 / step)
     with open(log.path, "a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["step"] for row in common.RunLog(tmp_path, args, 2).rows] == [1, 2]
+    assert [row["step"] for row in training.RunLog(tmp_path, args, 2).rows] == [1, 2]
     assert len(log.path.read_text().splitlines()) == 2
-    assert common.RunLog(tmp_path, args, 0).rows == []
+    assert training.RunLog(tmp_path, args, 0).rows == []
 
 
 def dests(parser):
@@ -479,7 +481,7 @@ def dests(parser):
 def test_every_option_is_read(script, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: self)
     names = set(dests(script.options())) - {"command"}  # which subcommand: its function is args.run
-    sources = "".join(Path(module.__file__).read_text() for module in (script, common))
+    sources = "".join(Path(module.__file__).read_text() for module in (script, common, training))
     assert names and {name for name in names if not re.search(rf"\bargs\.{name}\b", sources)} == set()
 
 
@@ -513,7 +515,7 @@ def test_resuming_refuses_other_codes(codes, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_not_saved(codes, tmp_path, monkeypatch):
-    options = gpt_options(codes, "--lr", 1e30, "--log-every", 50, "--save-every", 1, "--max-steps", 8)
-    with pytest.raises(ValueError, match="the last checkpoint stands"):
+    options = gpt_options(codes, "--lr", 1e30, "--max-bad-steps", 3, "--save-every", 1, "--max-steps", 8)
+    with pytest.raises(ValueError, match="3 steps in a row, up to step 4, had no finite gradient: the last checkpoint"):
         run(train_gpt, monkeypatch, tmp_path, *options)
     assert torch.load(tmp_path / "gpt.pt", weights_only=True)["model"]["output.weight"].isfinite().all()

@@ -1,0 +1,461 @@
+"""What the two training scripts share: options, optimizers, processes, checkpoints, interruptions, the run's log."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import launched, pick_device, read_file, save_file
+
+log = logging.getLogger(__name__)
+
+
+FIXED = ("seed", "batch_size")  # of a resumed run: they say which images a step sees
+
+
+def peak_gib(device):
+    """Most memory held so far: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def add_training_options(parser, **defaults):
+    """The options that train_vq.py and train_gpt.py share; `defaults` are those of the script's published recipe.
+
+    Returns the group "optimisation", for more of them.
+    """
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
+    run.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"],
+                     help="go on from OUT/state.pt; auto: if there is one")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and dropout")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="autocast of the step")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU only)")
+    run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
+    run.add_argument("--eval-every", type=int, default=1000, help="steps between held-out losses")
+    run.add_argument("--picture-every", type=int, default=1000, help="steps between pictures (0: at the end only)")
+    run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
+    run.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay (0: none does)")
+    run.add_argument("--max-bad-steps", type=int, default=10, help="in a row without a finite gradient, at most")
+    opt = parser.add_argument_group("optimisation")
+    opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
+    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall clock; the rate follows what ends first")
+    opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
+    opt.add_argument("--micro-batch-size", type=int, help="images per forward of a process (default: its whole share)")
+    opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"], help="after the warm-up")
+    opt.add_argument("--warmup-steps", type=int, default=0, help="linear warm-up")
+    opt.add_argument("--min-lr", type=float, default=0.0, help="where the cosine ends")
+    opt.add_argument("--beta1", type=float, default=0.9, help="of AdamW")
+    opt.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    opt.add_argument("--weight-decay", type=float, default=0.05, help="on matrices and kernels, not on vectors")
+    opt.add_argument("--clip", type=float, default=1.0, help="gradient norm (0: none)")
+    opt.add_argument("--ema", type=float, default=0.0, help="decay per step of the averaged weights (0: none)")
+    return opt
+
+
+def check_training_options(args, world):
+    """ValueError for numbers that no run can have; fills in the micro batch of each of `world` processes."""
+    if args.micro_batch_size is None:
+        args.micro_batch_size = -(-args.batch_size // world)
+    positive = ("max_steps", "max_minutes", "batch_size", "micro_batch_size", "log_every", "eval_every", "eval_images",
+                "max_bad_steps")  # fmt: skip
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} has to be above 0, not {getattr(args, name)}")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip", "picture_every", "save_every", "keep_every"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} cannot be below 0, and is {getattr(args, name)}")
+    if args.batch_size % (args.micro_batch_size * world):
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} "
+                         f"times {world} processes")  # fmt: skip
+    if args.save_every and args.keep_every % args.save_every:
+        raise ValueError(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema} is not in [0, 1)")
+
+
+def make_optimizers(model, args, muon=()):
+    """{name: optimizer}: AdamW, with weight decay on tensors of two or more dimensions (matrices, kernels, tables).
+
+    The matrices in `muon` go to Muon instead: momentum, orthogonalised, and scaled so that AdamW's rates serve (Liu et
+    al. 2025, arXiv 2502.16982, section 2.2).
+    """
+    muon = list(muon)
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in muon)]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas, how = (args.beta1, args.beta2), dict(weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)}
+    return optimizers | ({"muon": torch.optim.Muon(muon, lr=args.lr, **how)} if muon else {})
+
+
+def progress(args, step, elapsed):
+    """Share of the run that is done, by steps or by minutes, whichever ends first; `elapsed` in seconds."""
+    return max(step / args.max_steps, elapsed / 60 / args.max_minutes)
+
+
+def learning_rate(args, step, progress):
+    """The rate of step `step` (from 0) when the share `progress` of the run is done."""
+    warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    if args.schedule == "constant":
+        return warm * args.lr
+    return warm * (args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def update(model, optimizers, lr, clip):
+    """One step of each optimizer on the gradients that are there, clipped; returns their norm before, on the device.
+
+    Where the norm is not finite nothing changes, neither weights nor the optimizers' memory. AdamW decides that on the
+    device; for Muon, which cannot, the norm is read back.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    bad = ~norm.isfinite()
+    skip = "muon" in optimizers and bool(bad)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # what fused steps ask
+        if not skip:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class BadSteps:
+    """Counts steps without a finite gradient norm, on the device, and how many came in a row."""
+
+    def __init__(self, most):
+        self.most, self.total, self.row, self.longest = most, 0, 0, 0
+
+    def add(self, norm):
+        bad = (~norm.isfinite()).int()
+        self.total, self.row = self.total + bad, (self.row + 1) * bad
+        self.longest = self.longest + (self.row - self.longest) * (self.row > self.longest)
+
+    def pop(self, step):
+        """{"bad_steps": how many since the last call} or {}; ValueError if `most` came in a row."""
+        total, longest, self.total, self.longest = int(self.total), int(self.longest), 0, self.row
+        if total:
+            log.warning("%d steps up to step %d had no finite gradient and changed nothing", total, step)
+        if longest >= self.most:
+            what = f"{longest} steps in a row, up to step {step}, had no finite gradient"
+            raise ValueError(f"{what}: the last checkpoint stands; lower --lr, or look at the data")
+        return {"bad_steps": total} if total else {}
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- d * ema + (1 - d) * model for the parameters; buffers are copied.
+
+    d grows to `decay` as (1 + step) / (10 + step), so that a short run forgets its random start.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+# Processes
+
+
+@contextmanager
+def processes(device_name):
+    """Join torchrun's processes, if it started this one; yields (device, rank, number of processes)."""
+    (rank, world), device = launched(), pick_device(device_name)
+    if world == 1:
+        yield device, rank, world
+        return
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, rank, world
+    finally:
+        dist.destroy_process_group()
+
+
+def say(text):
+    """Print, in the first process."""
+    if launched()[0] == 0:
+        print(text)
+
+
+def total(value):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def agree(flag):
+    """True in every process if it is in one."""
+    return bool(total(torch.tensor(int(bool(flag)))))
+
+
+def parallel(model, device):
+    """The model with gradients averaged over the processes."""
+    if not dist.is_initialized():
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def unsynchronised(model, wanted):
+    """Where `wanted`, a context in which backward() leaves gradients to themselves: more of the batch is to come."""
+    return model.no_sync() if wanted and dist.is_initialized() else nullcontext()
+
+
+@contextmanager
+def stopping():
+    """Yields a list that SIGTERM and SIGINT put their number into: the run saves at its next step boundary and ends. A
+    second signal ends the process at once."""
+    asked = []
+
+    def ask(number, _):
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        print(f"signal {number}: a checkpoint after this step, then the end (again: at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def clock(args, elapsed):
+    """Seconds of the run so far; where they decide when it ends, those of the first process."""
+    if dist.is_initialized() and args.max_minutes < math.inf:
+        elapsed = [elapsed]
+        dist.broadcast_object_list(elapsed)
+        elapsed = elapsed[0]
+    return elapsed
+
+
+@contextmanager
+def advice(args, what):
+    """Out of memory as a ValueError that says what was tried and what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        tried = f"out of memory with {args.micro_batch_size} images of {what} at a time"
+        raise ValueError(f"{tried}: halve --micro-batch-size, the rest is accumulated") from error
+
+
+# Checkpoints
+
+
+def keep_previous(path):
+    """Let NAME.previous be what NAME is now; NAME itself is never missing."""
+    previous, temporary = (path.with_name(path.name + end) for end in (".previous", ".previous.tmp"))
+    if path.exists():
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, previous)
+
+
+def save_state(out, args, step, elapsed, parts, files, data, device):
+    """Write OUT/state.pt, whose predecessor stays as state.pt.previous, and the `files` {name: content} beside it.
+
+    Every process calls it, the first one writes. Returns whether it could be written: on a full disk the last
+    checkpoint stands. With --keep-every, copies with the step in their names stay. ValueError for weights that are not
+    finite.
+    """
+    check_finite(parts["model"], step)
+    rng = [None] * dist.get_world_size() if dist.is_initialized() else [rng_state(device)]
+    if dist.is_initialized():
+        dist.all_gather_object(rng, rng_state(device))
+    failed = False
+    if launched()[0] == 0:
+        options = {name: getattr(args, name) for name in FIXED}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(data=data, options=options, rng=rng, step=step, elapsed=elapsed)
+        try:
+            keep_previous(out / "state.pt")
+            for name, content in {"state.pt": state, **files}.items():
+                save_file(out / name, content)
+                if args.keep_every and step % args.keep_every == 0:
+                    shutil.copyfile(out / name, out / name.replace(".pt", f"_{step:07}.pt"))
+        except OSError as error:
+            log.warning("no checkpoint at step %d, the last one stands: %s", step, error)
+            failed = True
+    return not agree(failed)
+
+
+def load_state(out, args, parts, device):
+    """Fill models and optimizers {name: part} and the random generators from OUT/state.pt, or, if that cannot be read,
+    from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
+
+    On another number of processes the generators begin anew. ValueError where it is a run with other options.
+    """
+    paths = [path for path in (out / "state.pt", out / "state.pt.previous") if path.exists()]
+    if not args.resume or (args.resume == "auto" and not paths):
+        return 0, 0.0, None
+    for path in paths[:1] or [out / "state.pt"]:
+        try:
+            state = read_file(path)
+        except ValueError as error:
+            if len(paths) < 2:
+                raise
+            log.warning("%s; going on from %s", error, paths[1])
+            path, state = paths[1], read_file(paths[1])
+    try:
+        other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
+        if other:
+            raise ValueError(", ".join(other))
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        rank, world = launched()
+        if len(state["rng"]) == world:
+            set_rng_state(state["rng"][rank], device)
+    except KeyError as error:
+        raise ValueError(f"{path} holds no {error.args[0]}: resume with the options of the first run") from None
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{path} is of a run with other options ({' '.join(reason[:2])[:200]})") from None
+    return state["step"], state["elapsed"], state["data"]
+
+
+def check_finite(model, step):
+    """ValueError if a weight is not a finite number: such a model must not replace the last checkpoint."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise ValueError(f"the weights are not finite at step {step}: the last checkpoint stands, lower --lr")
+
+
+def rng_state(device):
+    """The states of every generator that training draws from (data order needs none: it follows the step)."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class RunLog:
+    """log.jsonl (one object per logged step), config.json (command, options, versions) and loss.png of a run."""
+
+    def __init__(self, out, args, start_step):
+        self.out, self.rows = Path(out), []
+        self.writes = launched()[0] == 0  # the first process alone
+        if not self.writes:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.path = self.out / "log.jsonl"
+        old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
+        old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
+        self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        config = {"command": sys.argv, "options": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
+        (self.out / "config.json").write_text(json.dumps(config, indent=1))
+
+    def write(self, **row):
+        """Append one object, numbers rounded to six digits; ValueError, and no row, if the loss is not finite."""
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise ValueError(f"the loss is {row['loss']} at step {row['step']}: the last checkpoint stands")
+        if not self.writes:
+            return
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def result(self, **values):
+        """result.json: how the run ended."""
+        if self.writes:
+            (self.out / "result.json").write_text(json.dumps(values, indent=1))
+
+    def plot(self):
+        """loss.png: training and held-out loss over steps."""
+        if not self.writes:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name in ("loss", "val_loss"):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if name == "val_loss" else None)
+        axes.set(xlabel="step", ylabel="loss", title=self.out.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.out / "loss.png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+
+
+class Means:
+    """Running means of scalar tensors over steps and processes, kept on the device until they are logged.
+
+    Values that are not finite are left out: `BadSteps` counts them.
+    """
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, weight=1.0, **values):
+        for name, value in values.items():
+            value, (sums, count) = value.detach(), self.sums.get(name, (0.0, 0.0))
+            finite = value.isfinite()
+            self.sums[name] = sums + weight * value.where(finite, 0.0), count + weight * finite
+
+    def pop(self):
+        """{name: mean} of those that had a finite value, and start anew."""
+        names, sums = list(self.sums), torch.tensor([[float(x) for x in pair] for pair in self.sums.values()])
+        self.sums = {}
+        return {name: float(s / n) for name, (s, n) in zip(names, total(sums.double()), strict=True) if n > 0}
+
+
+def spread(n, total):
+    """n indices, at most `total` of them, evenly over 0..total-1."""
+    n = min(n, total)
+    return torch.arange(n) * total // n
+
+
+class Timer:
+    """Milliseconds between calls, less what was paused."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def __call__(self):
+        last, self.last = self.last, time.perf_counter()
+        return 1000 * (self.last - last)
+
+    @contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
+
