@@ -354,11 +354,15 @@ class GPT(nn.Module):
         x = self.tok_embeddings(codes)
         return x + self.code_features.embedding(codes) if self.code_features else x  # ..., C
 
-    def logits(self, x):
-        """Hidden states [..., C] -> logits [..., V], as one product."""
+    def output_product(self, x):
+        """Hidden states [..., C] -> (y, w) with logits y @ w.T [..., V]: what code vectors add is part of both."""
         if not (f := self.code_features):
-            return self.output(x)
-        return F.linear(torch.cat([x, f.query(x)], -1), torch.cat([self.output.weight, f.key(f.vectors)], 1))
+            return x, self.output.weight
+        return torch.cat([x, f.query(x)], -1), torch.cat([self.output.weight, f.key(f.vectors)], 1)
+
+    def logits(self, x):
+        """Hidden states [..., C] -> logits [..., V]."""
+        return F.linear(*self.output_product(x)) if self.code_features else self.output(x)
 
     def caption_loss(self, x, ids):
         """Mean cross-entropy in nats of caption tokens ids [B, n_cond] after their first, from the hidden states
@@ -381,20 +385,24 @@ class GPT(nn.Module):
 
         tokens int64 [B, t], the first t codes of each image, 0 <= t < h*w; cond int64 [B] labels (num_classes: none),
         features [B, n_cond, text_dim] with cond_mask bool [B, n_cond], True where there is text, or caption tokens
-        int64 [B, n_cond]; padding stands left of the text; targets int64 [B, t+1]. Returns logits float32 [B, t+1, V],
-        logits[:, i] for code i, and the mean cross-entropy in nats per code, plus in training caption_loss_weight times
-        that of the caption's tokens (None without targets). Raises ValueError where shapes do not fit.
+        int64 [B, n_cond]; padding stands left of the text; targets int64 [B, t+1]. Returns (logits float32 [B, t+1, V],
+        None), logits[:, i] for code i; with targets (None, loss), since logits would fill the memory: the mean
+        cross-entropy in nats per code, plus in training caption_loss_weight times that of the caption's tokens. Raises
+        ValueError where shapes do not fit.
         """
         if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
             raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, t < h*w]")
         prefix, hidden, cond = self.embed_condition(cond, cond_mask)
         x = torch.cat([prefix, self.embed_codes(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
         x = self.transform(x, hidden)
-        logits = self.logits(x[:, self.config.n_cond - 1 :]).float()  # B, t + 1, V
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        if targets is not None and self.training and self.config.caption_loss_weight:
+        y = x[:, self.config.n_cond - 1 :]  # B, t + 1, C
+        if targets is None:
+            return self.logits(y).float(), None  # B, t + 1, V
+        y, weight = self.output_product(y.flatten(0, 1))
+        loss = kernels.linear_cross_entropy(y, weight, targets.flatten())
+        if self.training and self.config.caption_loss_weight:
             loss = loss + self.config.caption_loss_weight * self.caption_loss(x[:, : self.config.n_cond], cond)
-        return logits, loss
+        return None, loss
 
     def prefill(self, cond, cond_mask, cache):
         """Condition -> logits [B, V] of the first code, and the hidden lengths that `step` wants."""

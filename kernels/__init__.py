@@ -122,6 +122,7 @@ def _find_obstacle(device_type: str, index: int | None) -> str:
 
 
 from .codebook import code_usage, nearest_code  # noqa: E402 - the operations read the switch above
+from .cross_entropy import linear_cross_entropy  # noqa: E402
 from .decode import decode_attention  # noqa: E402
 from .linear import pack, packed_linear  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
@@ -130,8 +131,8 @@ from .sampling import draw_codes  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
 
 __all__ = [
-    "code_usage", "decode_attention", "draw_codes", "mode", "nearest_code", "pack", "packed_linear", "rms_norm",
-    "rope_attention", "swiglu", "use", "use_triton",
+    "code_usage", "decode_attention", "draw_codes", "linear_cross_entropy", "mode", "nearest_code", "pack",
+    "packed_linear", "rms_norm", "rope_attention", "swiglu", "use", "use_triton",
 ]  # fmt: skip
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

@@ -345,7 +345,7 @@ def test_likelihood(monkeypatch, run_dir):
     model, codes = small_gpt(num_classes=10), evaluate.CodeFile(run_dir / "codes")
     tokens, labels = torch.from_numpy(codes.codes[:, 0].astype(np.int64)), torch.from_numpy(codes.labels)
     with torch.no_grad():
-        logits, loss = model(tokens[:, :-1], labels, targets=tokens)
+        logits, loss = model(tokens[:, :-1], labels)[0], model(tokens[:, :-1], labels, targets=tokens)[1]
         third = model(tokens[labels == 2][:, :-1], labels[labels == 2], targets=tokens[labels == 2])[1]
     assert result["nats_per_token"] == pytest.approx(float(loss), rel=1e-5) and result["images"] == 45
     assert result["bits_per_token"] == pytest.approx(float(loss) / np.log(2), rel=1e-5)

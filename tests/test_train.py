@@ -387,7 +387,8 @@ def test_weights_that_do_not_fit_the_codes_are_refused(codes, tmp_path, monkeypa
 @pytest.mark.parametrize("flag, mirrored", [("--flip", True), ("--no-flip", False)])
 def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
     seen, image_batches = [], train_vq.image_batches
-    monkeypatch.setattr(train_vq, "image_batches", lambda s, *a, **kw: seen.append(s.flip) or image_batches(s, *a, **kw))
+    spy = lambda s, *args, **more: seen.append(s.flip) or image_batches(s, *args, **more)  # noqa: E731
+    monkeypatch.setattr(train_vq, "image_batches", spy)
     run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(pictures, *NO_DISC, flag, "--max-steps", 1))
     assert seen == [mirrored]
     monkeypatch.setattr(sys, "argv", [
