@@ -44,7 +44,7 @@ class CaptionTokens:
     kind = "tokens"
 
     def __init__(self, model, length, source="the tokenizer"):
-        self.model, self.length = bytes(model), length
+        self.model, self.length, self.source = bytes(model), length, source
         try:
             self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except (RuntimeError, OSError) as error:
@@ -60,14 +60,17 @@ class CaptionTokens:
 
     def rows(self, texts):
         """int64 arrays [T], one for each text, with the end; longer ones are cut to `length`."""
-        return [np.array([*ids[: self.length - 1], END]) for ids in self.tokenizer.encode(list(texts))]
+        return [np.array([*ids[: self.length - 1], END]) for ids in self._ids(texts)]
+
+    def _ids(self, texts):
+        return self.tokenizer.encode([text.encode("utf-8", "ignore").decode() for text in texts])  # no half emoji
 
     def unread(self, text):
         """What of a text the model will not see: the pieces that the vocabulary lacks, and those beyond the length."""
-        pieces, ids = self.tokenizer.encode(text, out_type=str), self.tokenizer.encode(text)
-        unknown = self.tokenizer.unk_id()
-        lost = [piece for i, piece in enumerate(pieces) if ids[i] == unknown or i >= self.length - 1]
-        return "".join(lost).replace("▁", " ").strip()
+        (ids,), known, unknown = self._ids([text]), self.length - 1, self.tokenizer.unk_id()
+        pieces = self.tokenizer.encode(text.encode("utf-8", "ignore").decode(), out_type=str)
+        lost = [piece.strip("▁") for piece, i in zip(pieces[:known], ids, strict=False) if i == unknown]
+        return " ".join([*lost, self.tokenizer.decode(ids[known:])]).strip()
 
 
 class CaptionFeatures:
@@ -94,11 +97,15 @@ class CaptionFeatures:
         return "".join(pieces[self.length - 1 :]).replace("▁", " ").strip()
 
 
-def open_reader(about, t5_folder, device, source):
-    """What turns texts into the rows that a GPT was trained on, by what its codes say of captions and its tokenizer.
+def open_reader(cond, about, t5_folder, device, source):
+    """What turns texts into the rows that a GPT reads, by the `cond` of its config and `about`, what its codes say of
+    captions and their tokenizer; `source` is its file.
 
-    Where `about` is None (published files) the rows are those of FLAN-T5-XL in t5_folder, 120 tokens.
+    Where `about` is None (published files) the rows are those of FLAN-T5-XL in t5_folder, 120 tokens. Raises ValueError
+    for a GPT that reads no text, and where the tokenizer or the encoder is missing.
     """
+    if cond == "class" or (cond == "tokens" and not about):
+        raise ValueError(f"{source} paints classes" if cond == "class" else f"{source} does not hold its tokenizer")
     about = about or dict(kind="t5", length=120)
     if about["kind"] == "tokens":
         if t5_folder:
@@ -176,6 +183,12 @@ class CaptionWriter:
                 self._temporary(name).unlink(missing_ok=True)
 
 
+def count_lines(path):
+    """Whole lines of a file."""
+    with open(path, "rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+
+
 class CaptionFile:
     """What CaptionWriter wrote for n pictures, opened and checked; `about` is its reader's, out of meta.json.
 
@@ -203,6 +216,9 @@ class CaptionFile:
         self.model = None
         if self.kind == "tokens":
             self._check_tokens(path, about["model_sha256"])
+        path = self.folder / "captions.jsonl"
+        if not path.is_file() or count_lines(path) != n:
+            raise ValueError(f"{path} is missing or truncated: it should hold {n} lines")
 
     def _check_tokens(self, path, sha256):
         for first in range(0, len(self.values), 1 << 20):
@@ -226,5 +242,5 @@ class CaptionFile:
         with open(self.folder / "captions.jsonl", encoding="utf-8") as file:
             for i, line in enumerate(file):
                 if i in wanted:
-                    found[i] = json.loads(line)[0]
+                    found[i] = json.loads(line)[0]  # damage is a ValueError
         return [found[int(i)] for i in indices]

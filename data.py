@@ -61,7 +61,10 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     if str(data) not in BUILT_IN:
         read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
         pictures = _split(Path(data), split, val_data, lambda path: read(path, text, bad_share))
-        return replace(pictures, bad_share=bad_share)
+        pictures = replace(pictures, bad_share=bad_share)
+        if text:  # after the split, which is the same with captions and without
+            pictures = pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
+        return pictures
     if val_data is not None:
         raise ValueError(f"{data} has its own held-out pictures: val_data goes with a folder only")
     if str(data) == "digits-text":
@@ -91,9 +94,11 @@ def _split(root, split, val_data, read):
 def _read_jsonl(path, text, bad_share):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    images, captions = read_jsonl(path, bad_share)
-    return ImageSet(images, np.zeros(len(images), np.int64), ["image"], [str(image) for image in images],
-                    flip=not text, captions=captions)
+    captions = {}  # a picture may have several lines, and is in one split only
+    for image, texts in zip(*read_jsonl(path, bad_share), strict=True):
+        captions.setdefault(image, []).extend(texts)
+    return ImageSet(list(captions), np.zeros(len(captions), np.int64), ["image"], [str(image) for image in captions],
+                    flip=not text, captions=list(captions.values()))
 
 
 def _scan(root, text=False, bad_share=BAD_SHARE):
@@ -112,8 +117,7 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
     pictures = ImageSet(paths, labels, [f.name for f in folders] or ["image"], [p.name for p in paths], flip=True)
     if not text:
         return pictures
-    pictures = replace(pictures, captions=read_pairs(paths, bad_share), flip=False)
-    return pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
+    return replace(pictures, captions=read_pairs(paths, bad_share), flip=False)
 
 
 def _list(folder):
@@ -150,6 +154,7 @@ def clean_texts(texts):
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("text is neither a string nor a list of strings")
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]  # half an emoji is no character
     if not (texts := [" ".join(text.split()) for text in texts if text.strip()]):
         raise ValueError("the caption is empty")
     return texts
@@ -174,7 +179,7 @@ def read_jsonl(path, bad_share):
                 texts, image = clean_texts(entry["text"]), path.parent / entry["image"]
                 if not image.is_file():
                     raise ValueError(f"{image} is not there")
-            except ValueError as error:  # JSON's and Unicode's errors are ValueErrors
+            except (ValueError, OSError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
                 rejects.add(f"{path} line {number}", error)
                 continue
             images.append(image)

@@ -145,7 +145,8 @@ def print_digits(report, args):
 
 
 def read_pictures(images, judge):
-    """uint8 [N, 32, 64, 3] -> int64 [N, 5] as digits_text() says what they show: digits, colours, ground.
+    """uint8 [N, 32, 64, 3] -> int64 [N, 5] as digits_text() says what they show (digits, colours, ground), and the ink
+    float32 [N, 2, 64] of both digits as scikit-learn has them, 8 x 8 levels in 0..1.
 
     The ground is the named one nearest to the median of each half's outer columns, where digits seldom reach; the
     colour is the one that explains the pixels best as ground + ink * (colour - ground), ink in 0..1; the digit is what
@@ -156,18 +157,19 @@ def read_pictures(images, judge):
     margin = halves[..., [0, 1, 30, 31], :].transpose(1, 0, 2, 3, 4).reshape(len(images), -1, 3)
     truth = np.zeros((len(images), 5), np.int64)
     truth[:, 4] = np.square(np.median(margin, 1)[:, None] - grounds).sum(-1).argmin(1)
+    ink = np.zeros((len(images), 2, 64), np.float32)
     ground = grounds[truth[:, 4], None, None]  # N, 1, 1, 3
     for side, x in enumerate(halves):
         inks, errors = [], []
         for colour in colours:
             way = colour - ground
-            ink = ((x - ground) * way).sum(-1) / np.square(way).sum(-1)
-            inks.append(ink.clip(0, 1))  # N, 32, 32
+            share = ((x - ground) * way).sum(-1) / np.square(way).sum(-1)
+            inks.append(share.clip(0, 1))  # N, 32, 32
             errors.append(np.square(x - ground - inks[-1][..., None] * way).sum((1, 2, 3)))
         truth[:, 2 + side] = np.argmin(errors, 0)
-        ink = np.stack(inks)[truth[:, 2 + side], np.arange(len(images))]
-        truth[:, side] = judge.predict(shrink(255 * ink))
-    return truth
+        ink[:, side] = shrink(255 * np.stack(inks)[truth[:, 2 + side], np.arange(len(images))])
+        truth[:, side] = judge.predict(ink[:, side])
+    return truth, ink
 
 
 def score(read, truth):
@@ -182,26 +184,37 @@ def score(read, truth):
     return {name: float(share.mean()) for name, share in shares.items()}
 
 
+def halves(codes):
+    """Codes [..., 4 * 8] of two digits -> [N, 4 * 4] of each, left and right."""
+    return np.ascontiguousarray(codes.reshape(-1, 4, 2, 4).swapaxes(1, 2)).reshape(-1, 16).astype(np.uint16)
+
+
 def text(args):
     """The report of `make demo-text`: how often pictures show what their captions say, for captions never seen, too."""
     start, device = time.perf_counter(), pick_device(args.device)
     vq, gpt, codes_meta = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
-    reader, judge = open_reader(codes_meta.get("text"), args.t5, device, args.gpt), classifier()
-    report = dict(samples=args.n, seed=args.seed, reconstructed={}, real={}, painted={})
-    shown, captions, seen = [], [], None
-    for split in SPLITS[2:]:
+    if codes.meta["data"] != "digits-text":
+        raise ValueError(f"{args.codes} holds codes of {codes.meta['data']}, not of digits-text")
+    reader, judge = open_reader(gpt.config.cond, codes_meta.get("text"), args.t5, device, args.gpt), classifier()
+    report, shown, captions = dict(samples=args.n, seed=args.seed, real={}, reconstructed={}, painted={}), [], []
+    seen = {}  # ink of the pictures of seen combinations, for the question of copying
+    for split in ("train", *SPLITS[2:]):
         real, truth = digits_text(split, args.n, args.seed)
         pixels = np.stack([np.asarray(image) for image in real["images"]])
-        report["real"][split] = score(read_pictures(pixels, judge), truth)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         again = torch.cat([reconstruct(vq, part.to(device))[0] for part in x.split(64)]).permute(0, 2, 3, 1).numpy()
-        report["reconstructed"][split] = score(read_pictures(again, judge), truth)
+        for name, images in (("real", pixels), ("reconstructed", again)):
+            read, ink = read_pictures(images, judge)
+            report[name][split] = score(read, truth)
+            seen[name, split] = ink.reshape(-1, 64)
+        if split == "train":
+            continue
         texts = [texts[0] for texts in real["captions"]]
         cond = read_captions(gpt, reader, texts)
         for scale in GUIDANCE:
             images, painted = paint(vq, gpt, *cond, batch_size=args.n, seed=args.seed, cfg_scale=scale)
-            read = read_pictures(images, judge)
+            read, ink = read_pictures(images, judge)
             report["painted"].setdefault(f"{scale}", {})[split] = score(read, truth)
             if scale == args.cfg_scale:
                 shown.append(images[:6])
@@ -209,13 +222,12 @@ def text(args):
             if scale == args.cfg_scale and split == "seen":
                 shuffled = np.random.default_rng(0).permutation(args.n)
                 report["captions_shuffled"] = score(read, truth[shuffled])
-                seen = images, painted, pixels
-    images, painted, held_out = seen
-    train = np.stack([np.asarray(image) for image in load_images("digits-text", "train", 32).images])
-    report["copying"] = copying(
-        shrink(images), shrink(train), shrink(held_out), painted.flatten(1).cpu().numpy().astype(np.uint16),
-        codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0],
-    )  # fmt: skip
+                seen["painted"] = ink.reshape(-1, 64), halves(painted.cpu().numpy())
+    train = grey(to_uint8(as_pixels(load_images("digits", "train", 32))))
+    report["copying"] = copying(seen["painted"][0], train, seen["real", "seen"], seen["painted"][1],
+                                halves(codes.codes[:]), halves(val_codes.codes[:]))  # fmt: skip
+    # What copies would score: training digits that went through the tokenizer.
+    report["copying"]["copies_to_train"] = float(np.median(nearest(seen["reconstructed", "train"], train)))
     save_grid(args.out / "samples.png", np.concatenate(shown), 6, captions, scale=3)
     report.update(cfg_scale=args.cfg_scale, **stages(args, start))
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
@@ -226,9 +238,10 @@ def print_text(report, args):
     chosen, c = report["painted"][f"{args.cfg_scale}"], report["copying"]
 
     def line(title, row, name="all"):
-        print(f"{title:26}" + "".join(f"{100 * row[split][name]:>17.1f}" for split in row))
+        cells = (f"{100 * row[split][name]:>17.1f}" if split in row else " " * 17 for split in report["real"])
+        print(f"{title:26}" + "".join(cells))
 
-    print(f"{'% right':26}" + "".join(f"{split:>17}" for split in chosen))
+    print(f"{'% right':26}" + "".join(f"{split:>17}" for split in report["real"]))
     line("all, real pictures", report["real"])
     line("all, reconstructions", report["reconstructed"])
     for scale, row in report["painted"].items():
@@ -236,8 +249,9 @@ def print_text(report, args):
     for name in ("digits", "colours", "ground", "order"):
         line(f"{name}, guidance {args.cfg_scale}", chosen, name)
     print(f"captions shuffled: {report['captions_shuffled']['all']:.1%} all right")
-    print(f"nearest training picture, RMS level: {c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} "
-          f"from real; same codes as one: {c['sample_codes_in_train']:.1%}, {c['held_out_codes_in_train']:.1%}")
+    print(f"nearest training digit, RMS level: {c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} "
+          f"from real, {c['copies_to_train']:.3f} from copies; same codes as one: {c['sample_codes_in_train']:.1%}, "
+          f"{c['held_out_codes_in_train']:.1%} of real")  # fmt: skip
     print(", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
     print(f"pictures: {args.out / 'samples.png'}, {args.gpt.parent / 'samples.png'}")
 

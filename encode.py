@@ -179,7 +179,11 @@ class CodeFile:
         """Raises ValueError where meta.json says otherwise: codes of another tokenizer, grid or set of classes."""
         for name, value in expected.items():
             if self.meta[name] != value:
-                found, wanted = (str(v)[:40] for v in (self.meta[name], value))
+                found, wanted = self.meta[name], value
+                if isinstance(found, dict) and isinstance(wanted, dict):  # of the captions: what differs
+                    keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
+                    found, wanted = ({key: d.get(key) for key in keys} for d in (found, wanted))
+                found, wanted = (str(v)[:60] for v in (found, wanted))
                 raise ValueError(f"{self.folder / 'meta.json'} (tokenizer {self.meta['tokenizer']}) has the {name} "
                                  f"{found}, {wanted} is expected")
 
@@ -234,8 +238,8 @@ def options():
     text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
     text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
     text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
-    text.add_argument("--text-vocab", type=int, default=8192, help="tokens of the model trained here, at most")
-    text.add_argument("--text-pieces", default="unigram", choices=["unigram", "bpe", "word"], help="what tokens are")
+    text.add_argument("--text-vocab", type=int, help="tokens of the model trained here, at most (default: 8192)")
+    text.add_argument("--text-pieces", choices=["unigram", "bpe", "word"], help="what they are (default: unigram)")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -258,7 +262,12 @@ def choose_crops(args, flip):
 
 
 def caption_reader(args, device):
-    """What turns captions into rows, or None."""
+    """What turns captions into rows, or None; ValueError for options that do not go together."""
+    for name, kind in dict(t5="t5", text_model="tokens", text_vocab="tokens", text_pieces="tokens").items():
+        if getattr(args, name) is not None and args.text != kind:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --text {kind}, not {args.text}")
+    if args.text_model and (args.text_vocab or args.text_pieces):
+        raise ValueError("--text-vocab and --text-pieces are for a model trained here: leave them out, or --text-model")
     if args.text == "none":
         return None
     if args.text == "t5":
@@ -269,7 +278,8 @@ def caption_reader(args, device):
         return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
     captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
     captions = (caption for texts in captions for caption in texts)
-    return CaptionTokens(train_tokenizer(captions, args.text_vocab, args.text_pieces), args.text_length)
+    model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
+    return CaptionTokens(model, args.text_length)
 
 
 def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
@@ -301,8 +311,8 @@ def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
 def main():
     args = options()
     size = as_size(args.size)
-    if min(args.batch_size, args.n_random, args.text_vocab) < 1 or args.text_length < 2:
-        raise ValueError("--batch-size, --n-random and --text-vocab have to be above 0, --text-length above 1")
+    if min(args.batch_size, args.n_random) < 1 or args.text_length < 2:
+        raise ValueError("--batch-size and --n-random have to be above 0, --text-length above 1")
     if not 0 <= args.bad_share < 1:
         raise ValueError(f"--bad-share {args.bad_share} is not in [0, 1)")
     if min(args.crop_scales) < 1:

@@ -70,8 +70,9 @@ class GPTConfig:
             raise ValueError(f"a class is one condition token, not {self.n_cond}")
         if (self.text_vocab_size > END) != (self.cond == "tokens"):
             raise ValueError(f'cond "tokens" goes with a text_vocab_size, {self.cond!r} has {self.text_vocab_size}')
-        if self.caption_loss_weight and self.cond != "tokens":
-            raise ValueError(f'caption_loss_weight goes with cond "tokens", not {self.cond!r}')
+        if self.caption_loss_weight < 0 or self.caption_loss_weight and self.cond != "tokens":
+            given = f"{self.caption_loss_weight} with {self.cond!r}"
+            raise ValueError(f'caption_loss_weight is 0 or more, and goes with cond "tokens": not {given}')
 
 
 def rope_table(config, grid):
@@ -315,12 +316,18 @@ class GPT(nn.Module):
         self.set_grid(self.config.grid)
 
     def see_codes(self, vectors):
-        """Know from now on what codes look like: `vectors` [V, D] as the decoder reads them. Changes no output yet."""
-        if self.code_features is None:
-            self.config = replace(self.config, code_dim=vectors.shape[1])
-            self.code_features = CodeFeatures(self.config).to(self.output.weight.device)
-            self.init_weights(self.code_features)
-        self.code_features.vectors.copy_(vectors.detach() * vectors.shape[1] ** 0.5)
+        """Know from now on what codes look like: `vectors` [V, D] as the decoder reads them. Changes no output yet.
+
+        What it learnt of other vectors stays in its tables.
+        """
+        vectors = vectors.detach() * vectors.shape[1] ** 0.5
+        if self.code_features and torch.equal(self.code_features.vectors, vectors):
+            return
+        self.fold_code_features()
+        self.config = replace(self.config, code_dim=vectors.shape[1])
+        self.code_features = CodeFeatures(self.config).to(self.output.weight.device)
+        self.init_weights(self.code_features)
+        self.code_features.vectors.copy_(vectors)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

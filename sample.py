@@ -4,8 +4,8 @@
     python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes 207,360,387 --n 12 --cfg-scale 4
     python sample.py --vq vq_ds16_t2i.pt --gpt t2i_XL_stage1_256.pt --t5 flan-t5-xl --grid 16x16 --cfg-scale 7.5 \\
         --text "a red fox in the snow"
-    torchrun --standalone --nproc_per_node=8 sample.py --vq vq_ds16_c2i.pt --gpt c2i_L_384.pt --grid 24x24 --n 50000 \\
-        --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
+    torchrun --standalone --nproc_per_node=8 -- sample.py --vq vq_ds16_c2i.pt --gpt c2i_L_384.pt --grid 24x24 \\
+        --n 50000 --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
 import argparse
@@ -33,6 +33,7 @@ from captions import condition, open_reader
 from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8
 from encode import file_sha256
 from gpt import GPT
+from t5 import clean_caption
 from vq import VQModel
 
 # Codes
@@ -229,10 +230,13 @@ def paint(vq, model, cond, cond_mask=None, **settings):
 
 
 def read_captions(model, reader, texts):
-    """Texts -> what generate() takes: (ids,) or (features, mask). An empty text is "no text" to either kind."""
+    """Texts -> what generate() takes: (ids,) or (features, mask). An empty text is "no text" to either kind.
+
+    Features are computed in one batch, and in bfloat16 may round by who else is in it.
+    """
     cond, *mask = condition(reader.rows(texts), model.config.n_cond, reader.kind)
     if reader.kind == "t5":  # caption tokens of an empty text are the end alone, which is what training knows as "none"
-        empty = torch.tensor([not text.strip() for text in texts])
+        empty = torch.tensor([not clean_caption(text) for text in texts])
         cond[empty] = model.cls_embedding.uncond_embedding.to("cpu", cond.dtype)
     return cond, *mask
 
@@ -319,7 +323,7 @@ def options():
     what.add_argument("--grid", help="ROWSxCOLUMNS of codes, for LlamaGen's files: 16x16 at 256 pixels, 24x24 at 384")
     what.add_argument("--classes", help="numbers or names, by commas (default: all in turn)")
     what.add_argument("--text", action="append", default=[], help="a prompt; once for each (\"\": no text)")
-    what.add_argument("--text-file", type=Path, help="prompts, one a line")
+    what.add_argument("--text-file", type=Path, help="prompts, one a line; blank lines are left out")
     what.add_argument("--t5", type=Path, help="folder of the encoder, for GPTs that read FLAN-T5's features")
     what.add_argument("--n", type=int, help="images (default: one per class or prompt; of all classes 8, at most 80)")
     how = parser.add_argument_group("how")
@@ -365,10 +369,10 @@ def read_prompts(args):
     prompts = list(args.text)
     if args.text_file:
         try:
-            prompts += args.text_file.read_text(encoding="utf-8").splitlines()
+            prompts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.text_file} is not text in UTF-8: {error}") from None
-    return prompts
+    return [text.encode("utf-8", "ignore").decode() for text in prompts]  # half an emoji is no character
 
 
 def open_condition(args, gpt, codes, device):
@@ -385,10 +389,11 @@ def open_condition(args, gpt, codes, device):
         return classes, [names[i] if names else i for i in classes], lambda index: (labels[index],)
     if args.classes or not prompts:
         raise ValueError(f"{args.gpt} paints texts: give them with --text or --text-file, and no --classes")
-    reader = open_reader(codes.get("text"), args.t5, device, args.gpt)
-    if reader.size != (want := {"text": gpt.config.text_dim, "tokens": gpt.config.text_vocab_size}[gpt.config.cond]):
-        raise ValueError(f"{args.gpt} reads {want} channels a token, and the encoder in {args.t5} has {reader.size}")
-    for text in prompts[:10]:
+    reader = open_reader(gpt.config.cond, codes.get("text"), args.t5, device, args.gpt)
+    want = gpt.config.text_dim if gpt.config.cond == "text" else gpt.config.text_vocab_size
+    if reader.size != want:
+        raise ValueError(f"{args.gpt} reads {want} channels a token, {reader.source} gives {reader.size}")
+    for text in prompts[:10] if launched()[0] == 0 else []:
         if lost := reader.unread(text):
             print(f"{text!r}: the model does not read {lost!r} (unknown words, or beyond its length)")
     return prompts, prompts, lambda index: read_captions(gpt, reader, [prompts[i] for i in index])

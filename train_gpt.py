@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import common
 import training
+from common import read_file
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
@@ -50,6 +51,11 @@ def options():
     return parser.parse_args()
 
 
+def words(text):
+    """What tells one vocabulary of captions from another: `text` as meta.json has it."""
+    return (text or {}).get("model_sha256")
+
+
 def build_model(args, codes, vq):
     """The preset at the codes' sizes, or the file of --init, which has to fit them but for its kind of condition."""
     how = dict(dropout=args.dropout, cond_dropout=args.cond_dropout)
@@ -60,7 +66,7 @@ def build_model(args, codes, vq):
         cond = dict(cond="text", n_cond=text["length"], text_dim=text["size"], text_vocab_size=0)
     else:
         cond = dict(cond="tokens", n_cond=text["length"], text_vocab_size=text["size"])
-    fresh = cond | dict(cond_rope=args.cond_rope or "identity")
+    fresh = cond | dict(cond_rope=args.cond_rope or "identity", caption_loss_weight=args.caption_loss_weight)
     if not args.init:
         how |= fresh | dict(vocab_size=codes.codebook_size, grid=codes.grid, n_kv_head=args.n_kv_head)
         model = GPT(GPTConfig(**PRESETS[args.preset or "B"] | how))
@@ -71,7 +77,8 @@ def build_model(args, codes, vq):
         if model.config.vocab_size != codes.codebook_size:
             found = f"{model.config.vocab_size} codes, {args.codes} has {codes.codebook_size}"
             raise ValueError(f"--init {args.init} knows {found}")
-        if any(getattr(model.config, name) != value for name, value in cond.items()):
+        same = all(getattr(model.config, name) == value for name, value in cond.items())
+        if not same or words(read_file(args.init).get("codes", {}).get("text")) != words(text):
             was, will = (f"{c['cond']} ({c['n_cond']} tokens)" for c in (vars(model.config), cond))
             print(f"--init {args.init} was conditioned by {was}: {will} begins anew, the rest goes on")
             model.set_condition(**fresh)
@@ -80,6 +87,8 @@ def build_model(args, codes, vq):
     model.config = replace(model.config, caption_loss_weight=args.caption_loss_weight)
     if args.code_features:
         model.see_codes(vq.quantize.codebook())
+    else:
+        model.fold_code_features()  # a file's: what it learnt of them stays
     return model
 
 

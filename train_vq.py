@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 import training
-from data import DATA_HELP, as_size, eval_batches, image_batches, load_images
+from data import BAD_SHARE, DATA_HELP, as_size, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
@@ -40,6 +40,7 @@ def options():
     data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
+    data.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: vq16")
@@ -121,8 +122,8 @@ def train(args, device, rank, world, asked):
     """The run; `asked` as training.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    train_set = load_images(args.data, "train", args.size, args.val_data)
-    val_set = load_images(args.data, "val", args.size, args.val_data)
+    train_set = load_images(args.data, "train", args.size, args.val_data, bad_share=args.bad_share)
+    val_set = load_images(args.data, "val", args.size, args.val_data, bad_share=args.bad_share)
     train_set.flip = train_set.flip and args.flip
     lpips = LPIPS().to(device) if args.perceptual_weight else None
 
