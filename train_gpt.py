@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import common
 import training
-from common import read_file
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
@@ -78,7 +77,7 @@ def build_model(args, codes, vq):
             found = f"{model.config.vocab_size} codes, {args.codes} has {codes.codebook_size}"
             raise ValueError(f"--init {args.init} knows {found}")
         same = all(getattr(model.config, name) == value for name, value in cond.items())
-        if not same or words(read_file(args.init).get("codes", {}).get("text")) != words(text):
+        if not same or words(common.read_file(args.init).get("codes", {}).get("text")) != words(text):
             was, will = (f"{c['cond']} ({c['n_cond']} tokens)" for c in (vars(model.config), cond))
             print(f"--init {args.init} was conditioned by {was}: {will} begins anew, the rest goes on")
             model.set_condition(**fresh)
