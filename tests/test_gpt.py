@@ -7,6 +7,7 @@ import torch
 
 from common import save_file
 from gpt import GPT, PRESETS, GPTConfig, apply_rope, infer_config, rope_table
+from sample import generate
 from vq import VQConfig, VQModel
 
 SMALL = dict(n_layer=2, n_head=4, dim=32, ffn_dim=48, vocab_size=20, num_classes=5, grid=(3, 4), dropout=0.0,
@@ -399,3 +400,35 @@ def test_rotation_stays_float32_in_bfloat16_models():
     assert torch.equal(model.cos, cos) and torch.equal(model.sin, sin)
     tokens = torch.randint(16, (2, 7))
     assert model(tokens, torch.tensor([0, 1]))[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_published_text_model_paints_what_float64_says(tmp_path):
+    """A t2i file written from the published names alone; guided greedy codes under hidden left padding."""
+    generator = torch.Generator().manual_seed(0)
+    block = {"attention.wqkv": (2304, 768), "attention.wo": (768, 768), "feed_forward.w1": (64, 768),
+             "feed_forward.w2": (768, 64), "feed_forward.w3": (64, 768), "attention_norm": (768,), "ffn_norm": (768,)}
+    shapes = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in block.items()}
+    shapes |= {"tok_embeddings.weight": (20, 768), "norm.weight": (768,), "output.weight": (20, 768),
+               "cls_embedding.cap_proj.fc1.weight": (768, 12), "cls_embedding.cap_proj.fc2.weight": (768, 768),
+               "cls_embedding.uncond_embedding": (5, 12)}  # fmt: skip
+    scale = {"norm.weight": 1.0, "tok_embeddings.weight": 1.0, "cls_embedding.cap_proj.fc1.weight": 0.3}
+    weights = {name: torch.randn(shape, generator=generator) * scale.get(name, 0.05) for name, shape in shapes.items()}
+    for name in (n for n in weights if n.endswith("norm.weight")):
+        weights[name] = 1 + 0.1 * weights[name]
+    torch.save({"model": weights, "args": argparse.Namespace(gpt_model="GPT-XL", cls_token_num=5)}, tmp_path / "t2i.pt")
+    model = GPT.from_pretrained(tmp_path / "t2i.pt", grid=(2, 3))
+    assert (model.config.cond, model.config.n_head, model.config.cond_rope) == ("text", 12, "zero")
+
+    cond, mask = torch.randn(3, 5, 12, generator=generator), torch.arange(5) >= torch.tensor([0, 2, 4])[:, None]
+    cond *= mask[..., None]
+    null, codes, margin = weights["cls_embedding.uncond_embedding"].expand(3, -1, -1), torch.zeros(3, 0, dtype=int), []
+    for _ in range(6):
+        guided, free = (direct_logits(model, codes, c, mask)[:, -1] for c in (cond, null))
+        logits = free + 7.5 * (guided - free)
+        margin.append(logits.topk(2).values.diff().abs().min())
+        codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], 1)
+    assert min(margin) > 1e-3  # float32 cannot mistake them
+    drawn = generate(model, cond, mask, cfg_scale=7.5, greedy=True)
+    assert torch.equal(drawn.flatten(1), codes)
+    assert not torch.equal(drawn, generate(model, cond, cfg_scale=7.5, greedy=True))  # padding matters
