@@ -268,16 +268,24 @@ def advice(args, what):
 # Checkpoints
 
 
-def keep_previous(path):
-    """Let NAME.previous be what NAME is now; NAME itself is never missing."""
-    previous, temporary = (path.with_name(path.name + end) for end in (".previous", ".previous.tmp"))
-    if path.exists():
-        temporary.unlink(missing_ok=True)
+def keep(path, name):
+    """Let NAME, beside it, be what `path` is now: one file under two names, as saving replaces names, not content."""
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-        os.replace(temporary, previous)
+        os.replace(temporary, path.with_name(name))
+    finally:
+        temporary.unlink(missing_ok=True)  # it stays where NAME is this file already
+
+
+def keep_previous(path):
+    """Let NAME.previous be what NAME is now; NAME itself is never missing."""
+    if path.exists():
+        keep(path, path.name + ".previous")
 
 
 def save_state(out, args, step, elapsed, parts, files, data, device):
@@ -297,11 +305,12 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(data=data, options=options, rng=rng, step=step, elapsed=elapsed)
         try:
-            keep_previous(out / "state.pt")
-            for name, content in {"state.pt": state, **files}.items():
+            for name, content in {**files, "state.pt": state}.items():  # the state last: where a file fails, it stands
+                if name == "state.pt":
+                    keep_previous(out / name)
                 save_file(out / name, content)
                 if args.keep_every and step % args.keep_every == 0:
-                    shutil.copyfile(out / name, out / name.replace(".pt", f"_{step:07}.pt"))
+                    keep(out / name, name.replace(".pt", f"_{step:07}.pt"))
         except OSError as error:
             log.warning("no checkpoint at step %d, the last one stands: %s", step, error)
             failed = True
