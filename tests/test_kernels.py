@@ -49,14 +49,16 @@ def run(fn, inputs, upstream, dtype=None):
 
 
 def check(kernel, reference, inputs, upstream):
-    """Error of the kernel <= 2x that of the reference in the same dtype + 1 ulp, both against float64."""
+    """RMS error of the kernel <= 2x that of the reference in the same dtype + 1 ulp, both against float64; no element
+    is off by more than 4x the reference's worst + 1 ulp: in one draw the worst is luck, and differs between CPUs."""
     exact, got = run(reference, inputs, upstream, torch.float64), run(kernel, inputs, upstream)
     for ours, torchs, true in zip(got, run(reference, inputs, upstream), exact, strict=True):
         assert ours.dtype == torchs.dtype and ours.shape == torchs.shape
         if true.numel():
-            tolerance = torch.finfo(ours.dtype).eps * true.abs().max()
-            error, allowed = (ours - true).abs().max(), 2 * (torchs - true).abs().max() + tolerance
-            assert error <= allowed, f"{error} > {allowed}"
+            ulp = torch.finfo(ours.dtype).eps * true.abs().max()
+            mine, theirs = (ours - true).abs(), (torchs - true).abs()
+            assert mine.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulp / 12**0.5  # evenly in +-ulp/2
+            assert mine.max() <= 4 * theirs.max() + ulp, f"{mine.max()} > 4 x {theirs.max()} + {ulp}"
     return got
 
 

@@ -86,29 +86,31 @@ def wait(path, pattern):
 
 
 SIGNALS = {
-    "gpt": (train_gpt, lambda p, c: gpt_options(c, "--dropout", 0.1), signal.SIGTERM),
-    "vq": (train_vq, lambda p, c: vq_options(p, "--disc-start", 2, "--disc-warmup", 1), signal.SIGINT),
+    "gpt": (train_gpt, lambda p, c: gpt_options(c, "--dropout", 0.1), signal.SIGTERM, 1),
+    "two": (train_gpt, lambda p, c: gpt_options(c, "--optimizer", "muon"), signal.SIGTERM, 2),  # the second hears it
+    "vq": (train_vq, lambda p, c: vq_options(p, "--disc-start", 2, "--disc-warmup", 1), signal.SIGINT, 1),
 }
 
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_stops_after_the_step(name, pictures, codes, tmp_path):
     """Exit code 0, one checkpoint, no step lost; resumed, the run ends in the very weights of one left alone."""
-    (script, options, number), whole, cut = SIGNALS[name], tmp_path / "whole", tmp_path / "cut"
+    (script, options, number, world), whole, cut = SIGNALS[name], tmp_path / "whole", tmp_path / "cut"
     options = (*options(pictures, codes), "--max-steps", 10, "--ema", 0.8, "--lr", 1e-3, "--schedule", "cosine")
-    alone, [child] = start(script.main, whole, *options), start(script.main, cut, *options, before=slow)
+    alone, children = (start(script.main, whole, *options, world=world),
+                       start(script.main, cut, *options, world=world, before=slow))  # fmt: skip
     wait(cut / "log.jsonl", r'"step": 3, .*\n')
-    os.kill(child.pid, number)
-    assert finish([*alone, child]) == [0, 0]
+    os.kill(children[-1].pid, number)
+    assert finish(alone + children) == 2 * world * [0]
     step = load(cut / "state.pt")["step"]
     assert 3 <= step < 10 and series(rows(cut), "step") == list(range(1, step + 1))
     assert load(cut / FILES[script])["step"] == step
     assert not {"state.pt.previous", "result.json", "samples.png", "reconstructions.png"} & set(os.listdir(cut))
     assert f"stopped at step {step}, as a signal asked" in (tmp_path / "cut.0").read_text()
-    assert finish(start(script.main, cut, *options, "--resume", "auto")) == [0]
+    assert finish(start(script.main, cut, *options, "--resume", "auto", world=world)) == world * [0]
     states = [load(out / "state.pt") for out in (whole, cut)]
     assert all(state.pop("elapsed") > 0 for state in states) and same(*states)
-    assert {"ema", "adamw", "rng"} <= set(states[0]) and (name == "gpt" or "disc_adamw" in states[0])
+    assert {"ema", "adamw", "rng"} <= set(states[0]) and (name != "vq" or "disc_adamw" in states[0])
     assert same(load(whole / FILES[script]), load(cut / FILES[script]))
     assert series(rows(whole), "loss") == series(rows(cut), "loss")
 
@@ -213,7 +215,8 @@ def test_a_row_of_bad_steps_ends_the_run(codes, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train_gpt.GPT, "forward", broken)
     with pytest.raises(SystemExit, match="2"):
-        common.cli(partial(run, train_gpt, monkeypatch, tmp_path / "a", *options, "--max-bad-steps", 4, "--log-every", 3))
+        more = "--max-bad-steps", 4, "--log-every", 3
+        common.cli(lambda: run(train_gpt, monkeypatch, tmp_path / "a", *options, *more))
     assert re.search("error: 4 steps in a row, up to step 9, .*: the last checkpoint stands", capsys.readouterr().err)
     assert [(row["step"], row.get("bad_steps")) for row in rows(tmp_path / "a")] == [(3, None), (6, 1)]
     assert load(tmp_path / "a" / "state.pt")["step"] == load(tmp_path / "a" / "gpt.pt")["step"] == 5
