@@ -417,6 +417,21 @@ def test_checkpoints_that_stay(codes, tmp_path, monkeypatch):
         "state_0000008.pt": 8, "gpt_0000008.pt": 8}  # fmt: skip
 
 
+def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"abc")
+    for _ in range(2):  # the second time they are one file already
+        training.keep(path, "b.pt")
+        assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"] and (tmp_path / "b.pt").samefile(path)
+    monkeypatch.setattr(os, "link", lambda *_: os.stat("/none"))  # no hard links here
+    training.keep(path, "c.pt")
+    assert (tmp_path / "c.pt").read_bytes() == b"abc"
+    monkeypatch.setattr(training.shutil, "copyfile", lambda _, copy: copy.write_bytes(b"a") and os.stat("/none"))
+    with pytest.raises(OSError):
+        training.keep(path, "d.pt")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt", "c.pt"]
+
+
 def test_impossible_options_are_refused(monkeypatch):
     for world, options, message in (
         (1, ("--save-every", 4, "--keep-every", 6), "--keep-every 6 is no multiple of --save-every 4"),
