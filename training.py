@@ -226,14 +226,19 @@ def unsynchronised(model, wanted):
 
 @contextmanager
 def stopping():
-    """Yields a list that SIGTERM and SIGINT put their number into: the run saves at its next step boundary and ends. A
-    second signal ends the process at once."""
+    """Yields a list that SIGTERM and SIGINT put their time into: the run saves at its next step boundary and ends.
+
+    A second signal ends the process at once, but not within two seconds: Ctrl-C reaches every process of a terminal,
+    and torchrun passes its own on.
+    """
     asked = []
 
     def ask(number, _):
+        if asked and time.monotonic() < asked[0] + 2:
+            return
         if asked:
             os._exit(128 + number)
-        asked.append(number)
+        asked.append(time.monotonic())
         print(f"signal {number}: a checkpoint after this step, then the end (again: at once)", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -122,6 +122,9 @@ def test_a_second_signal_ends_at_once(number, codes, tmp_path):
     wait(said, "[?]step/s")
     os.kill(child.pid, number)
     wait(said, "a checkpoint after this step")
+    os.kill(child.pid, number)  # torchrun's copy of the first
+    child.join(2.5)
+    assert child.is_alive()
     os.kill(child.pid, number)
     child.join(10)
     assert child.exitcode == 128 + number and not (out / "state.pt").exists()
