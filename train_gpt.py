@@ -105,7 +105,7 @@ def evaluate(model, codes, args, device):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
     (rank, world), order = common.launched(), training.spread(args.eval_images, len(codes))
     total = torch.zeros((), dtype=torch.float64)
-    for part in order[rank::world].split(args.micro_batch_size):
+    for part in order[rank::world].split(args.micro_batch_size) if rank < len(order) else ():
         tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
         cond = (x.to(device) for x in codes.condition(part.numpy()))
         with common.evaluating(model):

@@ -520,3 +520,14 @@ def test_weights_that_are_not_finite_are_not_saved(codes, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="3 steps in a row, up to step 4, had no finite gradient: the last checkpoint"):
         run(train_gpt, monkeypatch, tmp_path, *options)
     assert torch.load(tmp_path / "gpt.pt", weights_only=True)["model"]["output.weight"].isfinite().all()
+
+
+def test_a_process_without_held_out_images_adds_nothing(codes, monkeypatch):
+    args, file = SimpleNamespace(eval_images=4, micro_batch_size=2), encode.CodeFile(codes / "val")
+    model = GPT(train_gpt.GPTConfig(**LLAMA, vocab_size=32, num_classes=3, grid=(2, 3)))
+    alone = train_gpt.evaluate(model, file, args, torch.device("cpu"))
+    shares = []
+    for rank in range(8):
+        monkeypatch.setattr(common, "launched", lambda rank=rank: (rank, 8))
+        shares.append(train_gpt.evaluate(model, file, args, torch.device("cpu")))
+    assert shares[4:] == [0, 0, 0, 0] and sum(shares) == pytest.approx(alone, rel=1e-6)
