@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -326,10 +327,17 @@ def _collate(items):
     return _stack(images), torch.tensor(labels), torch.tensor(indices), unreadable
 
 
+def _leave_signals_to_the_run(_):
+    """Workers outlive SIGTERM and SIGINT, which reach whole groups of processes: the run ends them after its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _batches(image_set, views, batch_sampler, workers):
     """Yields (images, labels, indices), names each unreadable image once and stops when they pass its bad_share."""
     loader = torch.utils.data.DataLoader(
         views, batch_sampler=batch_sampler, collate_fn=_collate, num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # leaves the global generator untouched
     seen = {}
     for images, labels, indices, unreadable in loader:

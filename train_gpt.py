@@ -174,7 +174,8 @@ def train(args, device, rank, world, asked):
             how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
             images, _ = paint(vq, best, *(x.to(device) for x in sample_cond), **how)
             release(best)  # training needs the memory
-            common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
+            with training.dispensable(name):
+                common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
 
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed

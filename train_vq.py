@@ -158,7 +158,8 @@ def train(args, device, rank, world, asked):
 
     def draw(name):
         if rank == 0:
-            picture(best, val_set, args.size, device, args.out / name)
+            with training.dispensable(name):
+                picture(best, val_set, args.size, device, args.out / name)
 
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
@@ -178,8 +179,11 @@ def train(args, device, rank, world, asked):
         adversarial = disc is not None and step >= args.disc_start
         fakes, micro = [], images.split(args.micro_batch_size)
         for i, part in enumerate(micro, 1):
-            with common.autocast(device, dtype), training.advice(args, f"{args.size} pixels"):
-                rec, code_losses, _ = run_model(part)
+            more = i < len(micro)
+            with training.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
+                with common.autocast(device, dtype):
+                    rec, code_losses, _ = run_model(part)
+            with common.autocast(device, dtype):
                 losses = {"mse": F.mse_loss(rec.float(), part)}
                 if lpips:
                     losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
@@ -193,7 +197,7 @@ def train(args, device, rank, world, asked):
                 losses["adversarial"] = weight * g_loss
             losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
             loss = sum(losses.values())
-            with training.unsynchronised(run_model, i < len(micro)), training.advice(args, f"{args.size} pixels"):
+            with training.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
                 (loss / len(micro)).backward()
             fakes.append(rec.detach())
             means.add(loss=loss, **losses)

@@ -373,6 +373,15 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+@contextmanager
+def dispensable(what):
+    """A picture or plot, whose place on a full disk is a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be written: %s", what, error)
+
+
 class RunLog:
     """log.jsonl (one object per logged step), config.json (command, options, versions) and loss.png of a run."""
 
@@ -434,7 +443,8 @@ class RunLog:
         axes.set(xlabel="step", ylabel="loss", title=self.out.name)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.out / "loss.png", dpi=110, bbox_inches="tight")
+        with dispensable("loss.png"):
+            figure.savefig(self.out / "loss.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
 

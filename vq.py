@@ -232,6 +232,7 @@ class Quantizer(nn.Module):
         fresh = sample_rows(z, len(z))[place.clamp(0, len(z) - 1)]
         self.set_codes(torch.where(move, fresh, self.embedding.weight))
 
+    @torch.no_grad()
     def set_codes(self, codes):
         self.embedding.weight.copy_(codes)
         if dist.is_initialized():  # every process drew other vectors

@@ -2,7 +2,7 @@
 
 Matrix products in plain PyTorch, which libraries do best. The gradients are computed in the forward pass, where a
 chunk's logits are at hand, in place of them: products for N V C each: logits, dx, dw; nothing is computed twice.
-Memory: CHUNK logits in float32 and a float32 dw, where the plain version keeps N x V twice.
+Memory: a few times CHUNK logits and a float32 dw, where the plain version keeps N x V twice.
 The idea is Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
 """
 
@@ -28,19 +28,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             norms = logits.logsumexp(1, keepdim=True)
             loss += (norms - logits.gather(1, index)).sum()
             if with_gradients:
-                p = logits.sub_(norms).exp_()  # softmax - one-hot, over N: the loss is a mean
-                p.scatter_add_(1, index, torch.full_like(norms, -1.0))
-                p = p.div_(n).to(x.dtype)
+                p = logits.sub_(norms).exp_()
+                p = p.scatter_add_(1, index, torch.full_like(norms, -1.0)).to(x.dtype)  # softmax - one-hot
                 torch.mm(p, weight, out=dx[first : first + rows])
                 dw += p.T @ part
         if with_gradients:
-            ctx.save_for_backward(dx, dw.to(weight.dtype))
+            ctx.save_for_backward(dx, dw)
+            ctx.dtype, ctx.n = weight.dtype, n
         return loss / n
 
     @staticmethod
     def backward(ctx, d_loss):
         dx, dw = ctx.saved_tensors
-        return d_loss.to(dx.dtype) * dx, d_loss.to(dw.dtype) * dw, None, None
+        scale = d_loss / ctx.n  # float32, and here: 1 / N would underflow in float16 products
+        return dx * scale, (dw * scale).to(ctx.dtype), None, None
 
 
 def linear_cross_entropy(x, weight, targets):

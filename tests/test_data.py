@@ -1,5 +1,8 @@
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -315,3 +318,15 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, workers):
 def test_nothing_readable(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         next(image_batches(broken_folder(tmp_path, 3, range(3)), 8, 2, seed=0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_leave_signals_to_the_run(tmp_path, number):
+    """A signal to a whole group of processes: the run still gets its batches, and ends when it chooses."""
+    batches = data.image_batches(broken_folder(tmp_path, 8, []), 8, 2, seed=0, workers=2)
+    next(batches), next(batches)  # one of each: both are up
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    assert all(len(next(batches)[0]) == 2 for _ in range(20))  # more than were prepared
