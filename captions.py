@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from common import whole_characters
 from gpt import END, PAD
 from t5 import T5Encoder, clean_caption
 
@@ -60,15 +61,13 @@ class CaptionTokens:
 
     def rows(self, texts):
         """int64 arrays [T], one for each text, with the end; longer ones are cut to `length`."""
-        return [np.array([*ids[: self.length - 1], END]) for ids in self._ids(texts)]
-
-    def _ids(self, texts):
-        return self.tokenizer.encode([text.encode("utf-8", "ignore").decode() for text in texts])  # no half emoji
+        texts = [whole_characters(text) for text in texts]
+        return [np.array([*ids[: self.length - 1], END]) for ids in self.tokenizer.encode(texts)]
 
     def unread(self, text):
         """What of a text the model will not see: the pieces that the vocabulary lacks, and those beyond the length."""
-        (ids,), known, unknown = self._ids([text]), self.length - 1, self.tokenizer.unk_id()
-        pieces = self.tokenizer.encode(text.encode("utf-8", "ignore").decode(), out_type=str)
+        text, known, unknown = whole_characters(text), self.length - 1, self.tokenizer.unk_id()
+        ids, pieces = self.tokenizer.encode(text), self.tokenizer.encode(text, out_type=str)
         lost = [piece.strip("▁") for piece, i in zip(pieces[:known], ids, strict=False) if i == unknown]
         return " ".join([*lost, self.tokenizer.decode(ids[known:])]).strip()
 

@@ -145,6 +145,11 @@ def to_uint8(images):
     return (127.5 * images.float() + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
 
 
+def whole_characters(text):
+    """A text without halves of characters (lone surrogates), which JSON and command lines may hold, UTF-8 not."""
+    return text.encode("utf-8", "ignore").decode()
+
+
 def wrap(text, font, width):
     """Lines of at most `width` pixels, broken between words where there are spaces."""
     lines = [""]

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 import builtin_sets
 from builtin_sets import split_indices
+from common import whole_characters
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
@@ -155,8 +156,7 @@ def clean_texts(texts):
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("text is neither a string nor a list of strings")
-    texts = [text.encode("utf-8", "ignore").decode() for text in texts]  # half an emoji is no character
-    if not (texts := [" ".join(text.split()) for text in texts if text.strip()]):
+    if not (texts := [" ".join(text.split()) for text in map(whole_characters, texts) if text.strip()]):
         raise ValueError("the caption is empty")
     return texts
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
-from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8
+from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8, whole_characters
 from encode import file_sha256
 from gpt import GPT
 from t5 import clean_caption
@@ -372,7 +372,7 @@ def read_prompts(args):
             prompts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.text_file} is not text in UTF-8: {error}") from None
-    return [text.encode("utf-8", "ignore").decode() for text in prompts]  # half an emoji is no character
+    return [whole_characters(text) for text in prompts]
 
 
 def open_condition(args, gpt, codes, device):

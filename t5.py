@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, make_config, read_file
+from common import load_weights, make_config, read_file, whole_characters
 
 PAD, EOS = 0, 1
 STARTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)  # |key - query| from which buckets 1 to 15 begin
@@ -143,7 +143,7 @@ class T5Encoder(nn.Module):
 
         The spellings </s>, <pad> and <extra_id_0> are text here, where transformers reads them as tokens.
         """
-        texts = [text.encode("utf-8", "ignore").decode() for text in texts]  # half an emoji is no character
+        texts = [whole_characters(text) for text in texts]
         rows = [ids[: length - 1] + [EOS] for ids in self.tokenizer.encode(texts)]
         width = max(map(len, rows), default=0)
         ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.bool)

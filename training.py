@@ -331,14 +331,14 @@ def load_state(out, args, parts, device):
     paths = [path for path in (out / "state.pt", out / "state.pt.previous") if path.exists()]
     if not args.resume or (args.resume == "auto" and not paths):
         return 0, 0.0, None
-    for path in paths[:1] or [out / "state.pt"]:
-        try:
-            state = read_file(path)
-        except ValueError as error:
-            if len(paths) < 2:
-                raise
-            log.warning("%s; going on from %s", error, paths[1])
-            path, state = paths[1], read_file(paths[1])
+    path = paths[0] if paths else out / "state.pt"
+    try:
+        state = read_file(path)
+    except ValueError as error:
+        if len(paths) < 2:
+            raise
+        log.warning("%s; going on from %s", error, paths[1])
+        path, state = paths[1], read_file(paths[1])
     try:
         other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
         if other:
