@@ -421,6 +421,15 @@ class GPT(nn.Module):
         """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
         return self.logits(self.transform(self.embed_codes(codes), hidden, cache, position))
 
+    def flops_per_image(self):
+        """What one image takes in training, 2 per multiply-add, nothing counted twice: matrix products of blocks and
+        output, causal attention, and twice as much backward (PaLM, arXiv 2204.02311, appendix B)."""
+        c, codes = self.config, self.config.grid[0] * self.config.grid[1]
+        t = c.n_cond + codes - 1  # tokens in the blocks
+        blocks = t * sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
+        attention = c.n_layer * 2 * c.dim * t * (t + 1) // 2  # queries by keys, and by values, half of the pairs
+        return 3 * 2 * (blocks + attention + codes * c.vocab_size * c.dim)
+
     def new_cache(self, batch):
         return KVCache(self.config, batch, self.output.weight.device, self.output.weight.dtype)
 

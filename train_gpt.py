@@ -177,6 +177,7 @@ def train(args, device, rank, world, asked):
             with training.dispensable(name):
                 common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
 
+    peak = training.peak_flops(device, dtype)
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step", disable=rank > 0)
@@ -204,8 +205,11 @@ def train(args, device, rank, world, asked):
         last = stopped or training.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
             row, dt_ms, since = means.pop() | bad_steps.pop(step), timer() / (step - since), step
-            tokens_per_s = 1000 * args.batch_size * codes.grid[0] * codes.grid[1] / dt_ms
-            row |= dict(lr=lr, dt_ms=dt_ms, tokens_per_s=tokens_per_s, mem_gib=training.peak_gib(device))
+            images_per_s = 1000 * args.batch_size / dt_ms
+            row |= dict(lr=lr, dt_ms=dt_ms, tokens_per_s=images_per_s * math.prod(codes.grid))
+            row |= dict(mem_gib=training.peak_gib(device))
+            if peak:  # share of it that the model's own operations took
+                row |= dict(mfu=images_per_s * model.flops_per_image() / (world * peak))
             log.write(step=step, **row)
             bar.set_postfix(loss=f"{row.get('loss', math.nan):.3f}", lr=f"{lr:.1e}")
         if last:

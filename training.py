@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,11 @@ from common import launched, pick_device, read_file, save_file
 log = logging.getLogger(__name__)
 
 
+# Dense bfloat16 TFLOP/s of the makers' data sheets; the first name that occurs in the device's counts.
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+               "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+               "RTX 6000 Ada": 364, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI325X": 1307,
+               "MI300X": 1307}  # fmt: skip
 FIXED = ("seed", "batch_size")  # of a resumed run: they say which images a step sees
 
 
@@ -31,6 +37,15 @@ def peak_gib(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device's maker promises for matrix products in bfloat16; None where that is not known."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = (1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b(?! Laptop)", name))
+    return next(found, None)
 
 
 def add_training_options(parser, **defaults):

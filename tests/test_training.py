@@ -448,6 +448,26 @@ def test_impossible_options_are_refused(monkeypatch):
             training.check_training_options(train_gpt.options(), world)
 
 
+def test_peak_of_the_device_that_is_there(monkeypatch):
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125,
+        "NVIDIA L4": 121, "NVIDIA GeForce RTX 4090": 165, "AMD Instinct MI300X": 1307, "NVIDIA RTX A4000": None,
+        "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert training.peak_flops(torch.device("cuda"), "bfloat16") == (peak and peak * 1e12)
+        assert training.peak_flops(torch.device("cuda"), "float32") is None
+    assert training.peak_flops(torch.device("cpu"), "bfloat16") is None
+
+
+def test_share_of_the_peak_is_logged(codes, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "peak_flops", lambda device, dtype: 1e9)
+    row = run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 1))[0]
+    parameters = 2 * (4 * 32 * 32 + 3 * 32 * 48) * 6 + 6 * 32 * 32  # 2 blocks over 6 tokens, and the output
+    attention = 2 * 2 * 32 * (1 + 2 + 3 + 4 + 5 + 6)
+    assert row["mfu"] == pytest.approx(6 * (parameters + attention) * row["tokens_per_s"] / 6 / 1e9, rel=1e-4)
+
+
 def test_out_of_memory_says_what_to_change():
     args = SimpleNamespace(micro_batch_size=12)
     for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")):
