@@ -72,10 +72,14 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
+class Unreadable(ValueError):
+    """A file that is no checkpoint, or was damaged."""
+
+
 def read_file(path):
     """A checkpoint as a dict of CPU tensors and plain values; nothing in the file is executed.
 
-    Raises FileNotFoundError, or ValueError with the file's name where it is no readable checkpoint.
+    Raises FileNotFoundError, or Unreadable with the file's name where it is no readable checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,9 +90,9 @@ def read_file(path):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds for a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+        raise Unreadable(f"{path}: not a readable checkpoint ({reason[:120]})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise Unreadable(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from common import load_weights, make_config, read_weights
@@ -287,6 +288,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
         self.code_features = CodeFeatures(config) if config.code_dim else None
+        self.activation_checkpointing = False  # compute blocks again in the backward pass instead of keeping all
         self.set_grid(config.grid)
         self.init_weights(self)
 
@@ -384,7 +386,10 @@ class GPT(nn.Module):
         cos, sin = (self.cos, self.sin) if x.dim() == 2 else (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
-            x, residual = block(x, residual, cos, sin, hidden, cache and cache.layer(i, len(x)), position)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, residual = checkpoint(block, x, residual, cos, sin, hidden, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, cos, sin, hidden, cache and cache.layer(i, len(x)), position)
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):

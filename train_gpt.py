@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import common
+import distributed
 import training
 from encode import CodeFile, file_sha256
 from gpt import GPT, PRESETS, GPTConfig
@@ -46,6 +48,10 @@ def options():
     look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
     opt = training.add_training_options(parser, max_steps=1_500_000, batch_size=256)
+    opt.add_argument("--fsdp", action="store_true",
+                     help="shard model, gradients and optimizer over torchrun's processes: for XXL and 3B")
+    opt.add_argument("--activation-checkpointing", action="store_true",
+                     help="compute blocks again in the backward pass: a third more work, a fraction of the memory")
     opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the blocks' matrices")
     return parser.parse_args()
 
@@ -101,16 +107,35 @@ def open_tokenizer(args, codes, device):
 
 
 @torch.no_grad()
-def evaluate(model, codes, args, device):
+def evaluate(model, codes, args, device, dtype):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
     (rank, world), order = common.launched(), training.spread(args.eval_images, len(codes))
     total = torch.zeros((), dtype=torch.float64)
-    for part in order[rank::world].split(args.micro_batch_size) if rank < len(order) else ():
-        tokens = torch.from_numpy(codes.codes[part.numpy(), 0].astype("int64")).to(device)
-        cond = (x.to(device) for x in codes.condition(part.numpy()))
-        with common.evaluating(model):
+    for images in order.split(args.micro_batch_size * world):
+        part = images[rank::world]
+        mine = (part if len(part) else images[:1]).numpy()  # a sharded model wants every process in every forward
+        tokens = torch.from_numpy(codes.codes[mine, 0].astype("int64")).to(device)
+        cond = (x.to(device) for x in codes.condition(mine))
+        with common.evaluating(model), common.autocast(device, dtype):
             total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1].cpu()
-    return float(training.total(total)) / len(order)
+    return float(distributed.total(total)) / len(order)
+
+
+@torch.no_grad()
+def unsharded(model):
+    """A model that is sharded, in one piece on the CPU of the first process; every process has to ask for it."""
+    if not distributed.sharded(model):
+        return model
+    weights, first = {}, common.launched()[0] == 0
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        x = distributed.whole(x.detach())
+        if first and name not in ("cos", "sin"):
+            weights[name] = x.cpu()
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    if first:
+        copy.load_state_dict(weights, assign=True)
+    return copy.requires_grad_(False)
 
 
 def sample_conditions(codes, val_codes, n=64):
@@ -132,7 +157,7 @@ def page(vq, codes, path):
 
 
 def train(args, device, rank, world, asked):
-    """The run; `asked` as training.stopping() yields it."""
+    """The run; `asked` as distributed.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
@@ -140,18 +165,27 @@ def train(args, device, rank, world, asked):
     vq = open_tokenizer(args, codes, device)
 
     model = build_model(args, codes, vq).to(device).train()
+    model.activation_checkpointing = args.activation_checkpointing
+    compile_model = args.compile if args.compile is not None else device.type == "cuda"
+    if args.fsdp and compile_model:
+        for block in model.layers:
+            block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    if args.fsdp:
+        for each in (model, ema) if ema else (model,):
+            distributed.shard(each, each.layers, device, dtype)
     muon = [p for p in model.layers.parameters() if p.dim() == 2] if args.optimizer == "muon" else []
     optimizers = training.make_optimizers(model, args, muon)
     parts = dict(model=model, ema=ema, **optimizers)
     parts = {name: part for name, part in parts.items() if part is not None}
 
     torch.manual_seed(args.seed + rank)  # each process drops other things
-    start_step, elapsed, trained_on = training.load_state(args.out, args, parts, device)
+    start_step, elapsed, trained_on = checkpoints.load_state(args.out, args, parts, device)
     if trained_on:
         codes.check(**trained_on)
-    compile_model = args.compile if args.compile is not None else device.type == "cuda"
-    run_model = training.parallel(torch.compile(model) if compile_model else model, device)
+    run_model = model
+    if not args.fsdp:
+        run_model = distributed.parallel(torch.compile(model) if compile_model else model, device)
     best = ema or model  # what is evaluated, sampled and saved
     log = training.RunLog(args.out, args, start_step)
     sample_cond, sample_names = sample_conditions(codes, val_codes)
@@ -165,15 +199,16 @@ def train(args, device, rank, world, asked):
         )
 
     def save(step):
-        files = {"gpt.pt": dict(best.checkpoint(), **codes.origin(), step=step)}
+        files = {"gpt.pt": dict(unsharded(best).checkpoint(), **codes.origin(), step=step)}
         data = {name: codes.meta[name] for name in SAME}
-        return training.save_state(args.out, args, step, elapsed, parts, files, data, device)
+        return checkpoints.save_state(args.out, args, step, elapsed, parts, files, data, device)
 
     def picture(name):
+        painter = unsharded(best)
         if rank == 0:
             how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-            images, _ = paint(vq, best, *(x.to(device) for x in sample_cond), **how)
-            release(best)  # training needs the memory
+            images, _ = paint(vq, painter.to(device), *(x.to(device) for x in sample_cond), **how)
+            release(painter)  # training needs the memory
             with training.dispensable(name):
                 common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
 
@@ -187,7 +222,7 @@ def train(args, device, rank, world, asked):
         batch = codes.code_batch(step, args.batch_size, args.seed, rank, world)
         batch = [x.to(device, non_blocking=True).split(args.micro_batch_size) for x in batch]
         for i, (tokens, *cond) in enumerate(zip(*batch, strict=True), 1):
-            with training.unsynchronised(run_model, i < len(batch[0])), training.advice(args, "these codes"):
+            with distributed.unsynchronised(run_model, i < len(batch[0])), training.advice(args, "these codes"):
                 with common.autocast(device, dtype):
                     _, loss = run_model(tokens[:, :-1], *cond, targets=tokens)
                 (loss / len(batch[0])).backward()
@@ -200,8 +235,8 @@ def train(args, device, rank, world, asked):
 
         step += 1
         bar.update()
-        elapsed = training.clock(args, time.perf_counter() - began)
-        stopped = training.agree(asked)
+        elapsed = distributed.clock(args, time.perf_counter() - began)
+        stopped = distributed.agree(asked)
         last = stopped or training.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
             row, dt_ms, since = means.pop() | bad_steps.pop(step), timer() / (step - since), step
@@ -216,7 +251,7 @@ def train(args, device, rank, world, asked):
             break
         with timer.paused():
             if step % args.eval_every == 0:
-                log.write(step=step, val_loss=evaluate(best, val_codes, args, device))
+                log.write(step=step, val_loss=evaluate(best, val_codes, args, device, dtype))
                 log.plot()
             if args.picture_every and step % args.picture_every == 0:
                 picture(f"samples_{step:06}.png")
@@ -227,19 +262,21 @@ def train(args, device, rank, world, asked):
     if not save(step):
         raise OSError(f"{args.out}: the last checkpoint could not be written, the one before it stands")
     if stopped:
-        return training.say(f"stopped at step {step}, as a signal asked: --resume goes on")
+        return distributed.say(f"stopped at step {step}, as a signal asked: --resume goes on")
     train_loss = next((row["loss"] for row in reversed(log.rows) if "loss" in row), None)
-    final = dict(train_loss=train_loss, val_loss=evaluate(best, val_codes, args, device))
+    final = dict(train_loss=train_loss, val_loss=evaluate(best, val_codes, args, device, dtype))
     log.write(step=step, val_loss=final["val_loss"])
     log.plot()
     picture("samples.png")
     log.result(seconds=elapsed, steps=step, **final)
-    training.say(f"{step} steps in {elapsed:.0f} s, held-out loss {final['val_loss']:.3f} nats per code: {args.out}")
+    distributed.say(f"{step} steps in {elapsed:.0f} s, held-out loss {final['val_loss']:.3f} nats per code: {args.out}")
 
 
 def main():
     args = options()
-    with training.stopping() as asked, training.processes(args.device) as (device, rank, world):
+    with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):
+        if args.fsdp and not torch.distributed.is_initialized():
+            raise ValueError("--fsdp shards over torchrun's processes: torchrun --nproc_per_node=8 -- train_gpt.py ...")
         training.check_training_options(args, world)
         train(args, device, rank, world, asked)
 

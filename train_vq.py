@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoints
 import common
+import distributed
 import training
 from data import BAD_SHARE, DATA_HELP, as_size, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
@@ -54,7 +56,7 @@ def options():
     book.add_argument("--entropy-weight", type=float, default=0.0, help="0: not computed")
     book.add_argument("--kmeans-step", type=int, default=0, help="step at which k-means sets the codes (0: never)")
     book.add_argument("--restart-every", type=int, default=0, help="steps between moves of unused codes (0: never)")
-    book.add_argument("--usage-window", type=int, default=65536, help="positions over which codes count as used")
+    book.add_argument("--usage-window", type=int, default=65536, help="positions of a process over which codes count")
     loss = parser.add_argument_group("losses")
     loss.add_argument("--perceptual-weight", type=float, default=1.0, help="LPIPS with VGG16 (0: none, no download)")
     loss.add_argument("--disc-weight", type=float, default=0.5, help="adversarial loss (0: no discriminator)")
@@ -90,7 +92,7 @@ def evaluate(model, lpips, val_set, args, device):
         loss = F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0)
         quality = reconstruction_psnr(images, rec).sum()
         sums += torch.tensor([len(images) * float(loss), float(quality), len(images)], dtype=torch.float64)
-    loss, quality, n = training.total(sums).tolist()
+    loss, quality, n = distributed.total(sums).tolist()
     return {"val_loss": loss / n, "val_psnr": quality / n}
 
 
@@ -119,7 +121,7 @@ def first_features(model, train_set, args, device, dtype, per_code=32):
 
 
 def train(args, device, rank, world, asked):
-    """The run; `asked` as training.stopping() yields it."""
+    """The run; `asked` as distributed.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     train_set = load_images(args.data, "train", args.size, args.val_data, bad_share=args.bad_share)
@@ -140,21 +142,21 @@ def train(args, device, rank, world, asked):
     parts = {name: part for name, part in parts.items() if part is not None}
 
     torch.manual_seed(args.seed + rank)  # each process drops and redraws other things
-    start_step, elapsed, _ = training.load_state(args.out, args, parts, device)
+    start_step, elapsed, _ = checkpoints.load_state(args.out, args, parts, device)
     compile_model = device.type == "cuda" and not args.adaptive_disc_weight if args.compile is None else args.compile
-    run_model = training.parallel(torch.compile(model) if compile_model else model, device)
-    run_disc = training.parallel(disc, device) if disc else None
+    run_model = distributed.parallel(torch.compile(model) if compile_model else model, device)
+    run_disc = distributed.parallel(disc, device) if disc else None
     best = ema or model  # what is evaluated, drawn and saved
     log = training.RunLog(args.out, args, start_step)
     batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers,
                             rank=rank, world=world)  # fmt: skip
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    training.say(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, "
-                 f"{world} x {device} {dtype}")  # fmt: skip
+    distributed.say(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, "
+                    f"{world} x {device} {dtype}")  # fmt: skip
 
     def save(step):
-        return training.save_state(args.out, args, step, elapsed, parts, {"vq.pt": dict(best.checkpoint(), step=step)},
-                                   None, device)  # fmt: skip
+        files = {"vq.pt": dict(best.checkpoint(), step=step)}
+        return checkpoints.save_state(args.out, args, step, elapsed, parts, files, None, device)
 
     def draw(name):
         if rank == 0:
@@ -162,6 +164,7 @@ def train(args, device, rank, world, asked):
                 picture(best, val_set, args.size, device, args.out / name)
 
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
+    bad_disc_steps = training.BadSteps(args.max_bad_steps, "bad_disc_steps")
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
     step, stopped = start_step, False
@@ -180,7 +183,7 @@ def train(args, device, rank, world, asked):
         fakes, micro = [], images.split(args.micro_batch_size)
         for i, part in enumerate(micro, 1):
             more = i < len(micro)
-            with training.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
+            with distributed.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
                 with common.autocast(device, dtype):
                     rec, code_losses, _ = run_model(part)
             with common.autocast(device, dtype):
@@ -197,7 +200,7 @@ def train(args, device, rank, world, asked):
                 losses["adversarial"] = weight * g_loss
             losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
             loss = sum(losses.values())
-            with training.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
+            with distributed.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
                 (loss / len(micro)).backward()
             fakes.append(rec.detach())
             means.add(loss=loss, **losses)
@@ -213,23 +216,24 @@ def train(args, device, rank, world, asked):
         if disc is not None and step >= args.disc_start - args.disc_warmup:
             disc.requires_grad_(True)
             for i, (part, fake) in enumerate(zip(micro, fakes, strict=True), 1):
-                with training.unsynchronised(run_disc, i < len(micro)):
+                with distributed.unsynchronised(run_disc, i < len(micro)):
                     with common.autocast(device, dtype):
                         real_logits, fake_logits = run_disc(part).float(), run_disc(fake).float()
                     d_loss = d_loss_fn(real_logits, fake_logits)
                     (d_loss / len(micro)).backward()
                 accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
                 means.add(disc_loss=d_loss, disc_accuracy=accuracy)
-            training.update(disc, disc_optimizers, lr, args.clip)
+            bad_disc_steps.add(training.update(disc, disc_optimizers, lr, args.clip))
 
         step += 1
         bar.update()
-        elapsed = training.clock(args, time.perf_counter() - began)
-        stopped = training.agree(asked)
+        elapsed = distributed.clock(args, time.perf_counter() - began)
+        stopped = distributed.agree(asked)
         last = stopped or training.progress(args, step, elapsed) >= 1
         if step % args.log_every == 0 or last:
             usage, perplexity = map(float, usage_and_perplexity(model.quantize.window_counts()))
-            row, dt_ms, since = means.pop() | bad_steps.pop(step), timer() / (step - since), step
+            row = means.pop() | bad_steps.pop(step) | bad_disc_steps.pop(step)
+            dt_ms, since = timer() / (step - since), step
             log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
                       images_per_s=1000 * args.batch_size / dt_ms, mem_gib=training.peak_gib(device))  # fmt: skip
             bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
@@ -248,13 +252,13 @@ def train(args, device, rank, world, asked):
     if not save(step):
         raise OSError(f"{args.out}: the last checkpoint could not be written, the one before it stands")
     if stopped:
-        return training.say(f"stopped at step {step}, as a signal asked: --resume goes on")
+        return distributed.say(f"stopped at step {step}, as a signal asked: --resume goes on")
     final = evaluate(best, lpips, val_set, args, device)
     log.write(step=step, **final)
     log.plot()
     draw("reconstructions.png")
     log.result(seconds=elapsed, steps=step, **final)
-    training.say(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")
+    distributed.say(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")
 
 
 def main():
@@ -262,7 +266,7 @@ def main():
     args.size = as_size(args.size)
     if args.compile and args.adaptive_disc_weight:
         raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
-    with training.stopping() as asked, training.processes(args.device) as (device, rank, world):
+    with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):
         training.check_training_options(args, world)
         train(args, device, rank, world, asked)
 

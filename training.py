@@ -1,24 +1,21 @@
-"""What the two training scripts share: options, optimizers, processes, checkpoints, interruptions, the run's log."""
+"""What the two training scripts share: options, optimizers, the run's log."""
 
 import argparse
 import json
 import logging
 import math
-import os
 import platform
 import re
 import resource
-import shutil
-import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from common import launched, pick_device, read_file, save_file
+from common import launched
+from distributed import local, total, whole
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +25,6 @@ PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCI
                "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
                "RTX 6000 Ada": 364, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI325X": 1307,
                "MI300X": 1307}  # fmt: skip
-FIXED = ("seed", "batch_size")  # of a resumed run: they say which images a step sees
 
 
 def peak_gib(device):
@@ -141,7 +137,9 @@ def update(model, optimizers, lr, clip):
     Where the norm is not finite nothing changes, neither weights nor the optimizers' memory. AdamW decides that on the
     device; for Muon, which cannot, the norm is read back.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
     bad = ~norm.isfinite()
     skip = "muon" in optimizers and bool(bad)
     for optimizer in optimizers.values():
@@ -157,8 +155,8 @@ def update(model, optimizers, lr, clip):
 class BadSteps:
     """Counts steps without a finite gradient norm, on the device, and how many came in a row."""
 
-    def __init__(self, most):
-        self.most, self.total, self.row, self.longest = most, 0, 0, 0
+    def __init__(self, most, name="bad_steps"):
+        self.most, self.name, self.total, self.row, self.longest = most, name, 0, 0, 0
 
     def add(self, norm):
         bad = (~norm.isfinite()).int()
@@ -166,14 +164,14 @@ class BadSteps:
         self.longest = self.longest + (self.row - self.longest) * (self.row > self.longest)
 
     def pop(self, step):
-        """{"bad_steps": how many since the last call} or {}; ValueError if `most` came in a row."""
+        """{name: how many since the last call} or {}; ValueError if `most` came in a row."""
         total, longest, self.total, self.longest = int(self.total), int(self.longest), 0, self.row
         if total:
-            log.warning("%d steps up to step %d had no finite gradient and changed nothing", total, step)
+            log.warning("%s: %d up to step %d had no finite gradient and changed nothing", self.name, total, step)
         if longest >= self.most:
             what = f"{longest} steps in a row, up to step {step}, had no finite gradient"
             raise ValueError(f"{what}: the last checkpoint stands; lower --lr, or look at the data")
-        return {"bad_steps": total} if total else {}
+        return {self.name: total} if total else {}
 
 
 @torch.no_grad()
@@ -183,94 +181,9 @@ def update_ema(ema, model, decay, step):
     d grows to `decay` as (1 + step) / (10 + step), so that a short run forgets its random start.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_([*map(local, ema.parameters())], [*map(local, model.parameters())], 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
-
-
-# Processes
-
-
-@contextmanager
-def processes(device_name):
-    """Join torchrun's processes, if it started this one; yields (device, rank, number of processes)."""
-    (rank, world), device = launched(), pick_device(device_name)
-    if world == 1:
-        yield device, rank, world
-        return
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, rank, world
-    finally:
-        dist.destroy_process_group()
-
-
-def say(text):
-    """Print, in the first process."""
-    if launched()[0] == 0:
-        print(text)
-
-
-def total(value):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def agree(flag):
-    """True in every process if it is in one."""
-    return bool(total(torch.tensor(int(bool(flag)))))
-
-
-def parallel(model, device):
-    """The model with gradients averaged over the processes."""
-    if not dist.is_initialized():
-        return model
-    devices = [device] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
-def unsynchronised(model, wanted):
-    """Where `wanted`, a context in which backward() leaves gradients to themselves: more of the batch is to come."""
-    return model.no_sync() if wanted and dist.is_initialized() else nullcontext()
-
-
-@contextmanager
-def stopping():
-    """Yields a list that SIGTERM and SIGINT put their time into: the run saves at its next step boundary and ends.
-
-    A second signal ends the process at once, but not within two seconds: Ctrl-C reaches every process of a terminal,
-    and torchrun passes its own on.
-    """
-    asked = []
-
-    def ask(number, _):
-        if asked and time.monotonic() < asked[0] + 2:
-            return
-        if asked:
-            os._exit(128 + number)
-        asked.append(time.monotonic())
-        print(f"signal {number}: a checkpoint after this step, then the end (again: at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def clock(args, elapsed):
-    """Seconds of the run so far; where they decide when it ends, those of the first process."""
-    if dist.is_initialized() and args.max_minutes < math.inf:
-        elapsed = [elapsed]
-        dist.broadcast_object_list(elapsed)
-        elapsed = elapsed[0]
-    return elapsed
 
 
 @contextmanager
@@ -283,109 +196,6 @@ def advice(args, what):
             raise
         tried = f"out of memory with {args.micro_batch_size} images of {what} at a time"
         raise ValueError(f"{tried}: halve --micro-batch-size, the rest is accumulated") from error
-
-
-# Checkpoints
-
-
-def keep(path, name):
-    """Let NAME, beside it, be what `path` is now: one file under two names, as saving replaces names, not content."""
-    temporary = path.with_name(name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, path.with_name(name))
-    finally:
-        temporary.unlink(missing_ok=True)  # it stays where NAME is this file already
-
-
-def keep_previous(path):
-    """Let NAME.previous be what NAME is now; NAME itself is never missing."""
-    if path.exists():
-        keep(path, path.name + ".previous")
-
-
-def save_state(out, args, step, elapsed, parts, files, data, device):
-    """Write OUT/state.pt, whose predecessor stays as state.pt.previous, and the `files` {name: content} beside it.
-
-    Every process calls it, the first one writes. Returns whether it could be written: on a full disk the last
-    checkpoint stands. With --keep-every, copies with the step in their names stay. ValueError for weights that are not
-    finite.
-    """
-    check_finite(parts["model"], step)
-    rng = [None] * dist.get_world_size() if dist.is_initialized() else [rng_state(device)]
-    if dist.is_initialized():
-        dist.all_gather_object(rng, rng_state(device))
-    failed = False
-    if launched()[0] == 0:
-        options = {name: getattr(args, name) for name in FIXED}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= dict(data=data, options=options, rng=rng, step=step, elapsed=elapsed)
-        try:
-            for name, content in {**files, "state.pt": state}.items():  # the state last: where a file fails, it stands
-                if name == "state.pt":
-                    keep_previous(out / name)
-                save_file(out / name, content)
-                if args.keep_every and step % args.keep_every == 0:
-                    keep(out / name, name.replace(".pt", f"_{step:07}.pt"))
-        except OSError as error:
-            log.warning("no checkpoint at step %d, the last one stands: %s", step, error)
-            failed = True
-    return not agree(failed)
-
-
-def load_state(out, args, parts, device):
-    """Fill models and optimizers {name: part} and the random generators from OUT/state.pt, or, if that cannot be read,
-    from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
-
-    On another number of processes the generators begin anew. ValueError where it is a run with other options.
-    """
-    paths = [path for path in (out / "state.pt", out / "state.pt.previous") if path.exists()]
-    if not args.resume or (args.resume == "auto" and not paths):
-        return 0, 0.0, None
-    path = paths[0] if paths else out / "state.pt"
-    try:
-        state = read_file(path)
-    except ValueError as error:
-        if len(paths) < 2:
-            raise
-        log.warning("%s; going on from %s", error, paths[1])
-        path, state = paths[1], read_file(paths[1])
-    try:
-        other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
-        if other:
-            raise ValueError(", ".join(other))
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        rank, world = launched()
-        if len(state["rng"]) == world:
-            set_rng_state(state["rng"][rank], device)
-    except KeyError as error:
-        raise ValueError(f"{path} holds no {error.args[0]}: resume with the options of the first run") from None
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"{path} is of a run with other options ({' '.join(reason[:2])[:200]})") from None
-    return state["step"], state["elapsed"], state["data"]
-
-
-def check_finite(model, step):
-    """ValueError if a weight is not a finite number: such a model must not replace the last checkpoint."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise ValueError(f"the weights are not finite at step {step}: the last checkpoint stands, lower --lr")
-
-
-def rng_state(device):
-    """The states of every generator that training draws from (data order needs none: it follows the step)."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @contextmanager
@@ -416,12 +226,13 @@ class RunLog:
         (self.out / "config.json").write_text(json.dumps(config, indent=1))
 
     def write(self, **row):
-        """Append one object, numbers rounded to six digits; ValueError, and no row, if the loss is not finite.
+        """Append one object, numbers rounded to six digits; ValueError, and no row, if a loss is not finite.
 
         On a full disk the row waits for the next one.
         """
-        if not math.isfinite(row.get("loss", 0.0)):
-            raise ValueError(f"the loss is {row['loss']} at step {row['step']}: the last checkpoint stands")
+        for name in ("loss", "val_loss"):
+            if not math.isfinite(row.get(name, 0.0)):
+                raise ValueError(f"{name} is {row[name]} at step {row['step']}: the last checkpoint stands")
         if not self.writes:
             return
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

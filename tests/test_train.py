@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoints
 import common
 import demo
 import encode
@@ -273,7 +274,7 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
         assert whole.pop("elapsed", 0) != cut.pop("elapsed", 1)
         assert same(whole, cut)
     state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
-    assert {"model", "ema", "adamw", "rng", "step"} <= set(state)
+    assert {"model", "ema", "adamw", "own", "step"} <= set(state)
     assert not same(state["model"], state["ema"])
     saved = torch.load(tmp_path / "whole" / file, weights_only=True)["model"]
     assert same(saved, state["ema"])  # what is evaluated and sampled
@@ -284,7 +285,7 @@ def test_resuming_needs_the_same_options(codes, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="state.pt: no such file"):
         run(train_gpt, monkeypatch, tmp_path, *options, "--resume")
     run(train_gpt, monkeypatch, tmp_path, *options)
-    for change, message in ((("--ema", 0.9), "holds no ema"), (("--n-kv-head", 1), "other options")):
+    for change, message in ((("--ema", 0.9), "model, adamw, not model, ema"), (("--n-kv-head", 1), "other options")):
         with pytest.raises(ValueError, match=f"state.pt .*{message}"):
             run(train_gpt, monkeypatch, tmp_path, *options, *change, "--resume")
 
@@ -482,7 +483,7 @@ def dests(parser):
 def test_every_option_is_read(script, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: self)
     names = set(dests(script.options())) - {"command"}  # which subcommand: its function is args.run
-    sources = "".join(Path(module.__file__).read_text() for module in (script, common, training))
+    sources = "".join(Path(module.__file__).read_text() for module in (script, common, training, checkpoints))
     assert names and {name for name in names if not re.search(rf"\bargs\.{name}\b", sources)} == set()
 
 
@@ -524,10 +525,11 @@ def test_weights_that_are_not_finite_are_not_saved(codes, tmp_path, monkeypatch)
 
 def test_a_process_without_held_out_images_adds_nothing(codes, monkeypatch):
     args, file = SimpleNamespace(eval_images=4, micro_batch_size=2), encode.CodeFile(codes / "val")
+    device = torch.device("cpu"), "float32"
     model = GPT(train_gpt.GPTConfig(**LLAMA, vocab_size=32, num_classes=3, grid=(2, 3)))
-    alone = train_gpt.evaluate(model, file, args, torch.device("cpu"))
+    alone = train_gpt.evaluate(model, file, args, *device)
     shares = []
     for rank in range(8):
         monkeypatch.setattr(common, "launched", lambda rank=rank: (rank, 8))
-        shares.append(train_gpt.evaluate(model, file, args, torch.device("cpu")))
+        shares.append(train_gpt.evaluate(model, file, args, *device))
     assert shares[4:] == [0, 0, 0, 0] and sum(shares) == pytest.approx(alone, rel=1e-6)

@@ -20,7 +20,9 @@ import test_train
 import torch
 from test_train import LLAMA, NO_DISC, VQ, gpt_options, run, same, series, vq_options
 
+import checkpoints
 import common
+import distributed
 import train_gpt
 import train_vq
 import training
@@ -50,13 +52,15 @@ def process(main, before, words, err, env):
     common.cli(main)
 
 
-def start(main, out, *options, world=1, before=list):
-    """`world` processes that run main(), as torchrun starts them, after before(); they print to OUT.0, OUT.1."""
+def start(main, out, *options, world=0, before=list):
+    """`world` processes that run main(), as torchrun starts them, or one without it, after before(); they print to
+    OUT.0, OUT.1."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         env = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
     words = ["x.py", "--device", "cpu", "--preset", "tiny", "--log-every", 1, "--out", out, *options]
-    envs, how = [dict(env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(world)], (main, before, list(map(str, words)))
+    envs = [dict(env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(world)] or [{}]
+    how = main, before, list(map(str, words))
     children = [SERVER.Process(target=process, args=(*how, f"{out}.{i}", env)) for i, env in enumerate(envs)]
     for child in children:
         child.start()
@@ -86,7 +90,7 @@ def wait(path, pattern):
 
 
 SIGNALS = {
-    "gpt": (train_gpt, lambda p, c: gpt_options(c, "--dropout", 0.1), signal.SIGTERM, 1),
+    "gpt": (train_gpt, lambda p, c: gpt_options(c, "--dropout", 0.1), signal.SIGTERM, 0),
     "two": (train_gpt, lambda p, c: gpt_options(c, "--optimizer", "muon"), signal.SIGTERM, 2),  # the second hears it
     "vq": (train_vq, lambda p, c: vq_options(p, "--disc-start", 2, "--disc-warmup", 1), signal.SIGINT, 1),
 }
@@ -101,16 +105,16 @@ def test_a_signal_stops_after_the_step(name, pictures, codes, tmp_path):
                        start(script.main, cut, *options, world=world, before=slow))  # fmt: skip
     wait(cut / "log.jsonl", r'"step": 3, .*\n')
     os.kill(children[-1].pid, number)
-    assert finish(alone + children) == 2 * world * [0]
+    assert set(finish(alone + children)) == {0}
     step = load(cut / "state.pt")["step"]
     assert 3 <= step < 10 and series(rows(cut), "step") == list(range(1, step + 1))
     assert load(cut / FILES[script])["step"] == step
     assert not {"state.pt.previous", "result.json", "samples.png", "reconstructions.png"} & set(os.listdir(cut))
     assert f"stopped at step {step}, as a signal asked" in (tmp_path / "cut.0").read_text()
-    assert finish(start(script.main, cut, *options, "--resume", "auto", world=world)) == world * [0]
+    assert finish(start(script.main, cut, *options, "--resume", "auto", world=world))[0] == 0
     states = [load(out / "state.pt") for out in (whole, cut)]
     assert all(state.pop("elapsed") > 0 for state in states) and same(*states)
-    assert {"ema", "adamw", "rng"} <= set(states[0]) and (name != "vq" or "disc_adamw" in states[0])
+    assert {"ema", "adamw", "own"} <= set(states[0]) and (name != "vq" or "disc_adamw" in states[0])
     assert same(load(whole / FILES[script]), load(cut / FILES[script]))
     assert series(rows(whole), "loss") == series(rows(cut), "loss")
 
@@ -170,10 +174,10 @@ def test_a_bad_step_changes_nothing(bad, muon):
 def bad_step_of_one():
     """One of two processes: runs whose third step is bad in the second process; what came of them goes to its file."""
     found = {}
-    with training.processes("cpu") as (device, rank, _):
+    with distributed.processes("cpu") as (device, rank, _):
         for bad, muon in ((bad, muon) for bad in ("loss", "nan", "inf") for muon in (False, True)):
             model, optimizers = small(muon)
-            run_model, count, states = training.parallel(model, device), training.BadSteps(3), []
+            run_model, count, states = distributed.parallel(model, device), training.BadSteps(3), []
             for seed in range(4):
                 count.add(step(run_model, optimizers, 2 * seed + rank, bad if seed == 2 and rank == 1 else None))
                 states.append(everything(model, optimizers))
@@ -198,7 +202,7 @@ def test_bad_steps_are_counted_and_left_out_of_means(caplog):
         for norm in norms:
             count.add(torch.tensor(math.nan if norm == "x" else 1.0))
         assert count.pop(7) == found
-    assert "3 steps up to step 7 had no finite gradient and changed nothing" in caplog.text
+    assert "bad_steps: 3 up to step 7 had no finite gradient and changed nothing" in caplog.text
     count.add(torch.tensor(math.inf))  # the fourth in a row, of two log lines
     with pytest.raises(ValueError, match="4 steps in a row, up to step 9, had no finite gradient"):
         count.pop(9)
@@ -266,7 +270,7 @@ def test_one_process_goes_on_as_two(codes, tmp_path):
     assert finish(start(train_gpt.main, b, *options, "--resume", world=2)) == [0, 0]
     assert series(rows(b), "loss") == pytest.approx(series(rows(a), "loss"), rel=1e-5) and len(rows(b)) == 22
     torch.testing.assert_close(*(load(out / "gpt.pt")["model"] for out in (a, b)), atol=1e-5, rtol=0)
-    assert len(load(b / "state.pt")["rng"]) == 2
+    assert len(load(b / "state.pt")["own"]) == 2
 
 
 def killed(at, after):
@@ -424,14 +428,14 @@ def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     path.write_bytes(b"abc")
     for _ in range(2):  # the second time they are one file already
-        training.keep(path, "b.pt")
+        checkpoints.keep(path, "b.pt")
         assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"] and (tmp_path / "b.pt").samefile(path)
     monkeypatch.setattr(os, "link", lambda *_: os.stat("/none"))  # no hard links here
-    training.keep(path, "c.pt")
+    checkpoints.keep(path, "c.pt")
     assert (tmp_path / "c.pt").read_bytes() == b"abc"
-    monkeypatch.setattr(training.shutil, "copyfile", lambda _, copy: copy.write_bytes(b"a") and os.stat("/none"))
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", lambda _, copy: copy.write_bytes(b"a") and os.stat("/none"))
     with pytest.raises(OSError):
-        training.keep(path, "d.pt")
+        checkpoints.keep(path, "d.pt")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt", "c.pt"]
 
 

@@ -1,0 +1,140 @@
+"""Several processes: torchrun's, DistributedDataParallel or FSDP2, and signals that end a run."""
+
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from common import launched, pick_device
+
+
+@contextmanager
+def processes(device_name):
+    """Join torchrun's processes, if it started this one; yields (device, rank, number of processes)."""
+    (rank, world), device = launched(), pick_device(device_name)
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        yield device, rank, world
+        return
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, rank, world
+    finally:
+        dist.destroy_process_group()
+
+
+def say(text):
+    """Print, in the first process."""
+    if launched()[0] == 0:
+        print(text)
+
+
+def total(value):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def agree(flag):
+    """True in every process if it is in one."""
+    return bool(total(torch.tensor(int(bool(flag)))))
+
+
+def everyone(value):
+    """[value of each process], values that can be pickled."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def parallel(model, device):
+    """The model with gradients averaged over the processes."""
+    if not dist.is_initialized():
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def shard(model, blocks, device, dtype):
+    """FSDP2, in place: parameters, gradients and what optimizers remember lie in pieces, one a process (ZeRO stage 3,
+    Rajbhandari et al. 2020, arXiv 1910.02054); blocks are gathered when they are needed, in `dtype`.
+
+    The rest of the model is gathered in float32, so that under autocast the arithmetic is that of one process, but for
+    the blocks' vectors. Gradients are added up in float32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    low = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
+def sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def local(tensor):
+    """This process's piece of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """A sharded tensor in one piece, which every process has to ask for, or the tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unsynchronised(model, wanted):
+    """Where `wanted`, a context in which backward() leaves gradients to themselves: more of the batch is to come.
+
+    Sharded models add theirs up every time: whole gradients are what they have no room for.
+    """
+    return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def stopping():
+    """Yields a list that SIGTERM and SIGINT put their time into: the run saves at its next step boundary and ends.
+
+    A second signal ends the process at once, but not within two seconds: Ctrl-C reaches every process of a terminal,
+    and torchrun passes its own on.
+    """
+    asked = []
+
+    def ask(number, _):
+        if asked and time.monotonic() < asked[0] + 2:
+            return
+        if asked:
+            os._exit(128 + number)
+        asked.append(time.monotonic())
+        print(f"signal {number}: a checkpoint after this step, then the end (again: at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def clock(args, elapsed):
+    """Seconds of the run so far; where they decide when it ends, those of the first process."""
+    if dist.is_initialized() and args.max_minutes < math.inf:
+        elapsed = [elapsed]
+        dist.broadcast_object_list(elapsed)
+        elapsed = elapsed[0]
+    return elapsed
