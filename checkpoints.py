@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
@@ -28,7 +29,7 @@ INDEX = {  # what the index of a folder may be made of, which is a pickle
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING"},
 }  # fmt: skip
 
@@ -80,22 +81,21 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     check_finite(parts["model"], step)
     state = dict(options={name: getattr(args, name) for name in FIXED}, parts=list(parts), data=data, step=step,
                  elapsed=elapsed, own=everyone(own_state(parts, device)))  # fmt: skip
-    path, shards, failed = out / "state.pt", out / "state.pt.tmp", None
+    path, fresh, failed = out / "state.pt", out / "state.pt.tmp", None
     folder, first = sharded(parts["model"]), launched()[0] == 0
     if folder:
-        failed = save_shards(shards, parts)
+        failed = save_shards(fresh, parts)
     if first and not failed:
         try:
             for name, content in files.items():
                 save_file(out / name, content)
             if folder:
-                save_file(shards / REST, state)
-            if path.exists():
-                keep(path, path.name + ".previous")  # state.pt itself is never missing
-            if folder:
-                replace(shards, path)
+                save_file(fresh / REST, state)
             else:
-                save_file(path, state | {name: part.state_dict() for name, part in parts.items()})
+                save_file(fresh, state | {name: part.state_dict() for name, part in parts.items()})
+            if path.exists():
+                keep(path, path.name + ".previous")
+            replace(fresh, path)
             if args.keep_every and step % args.keep_every == 0:
                 for name in (*files, path.name):
                     keep(out / name, name.replace(".pt", f"_{step:07}.pt"))
@@ -103,7 +103,7 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
             failed = error
     if first and failed:
         log.warning("no checkpoint at step %d, the last one stands: %s", step, failed)
-        remove(shards)
+        remove(fresh)
     return not agree(failed)
 
 
@@ -176,12 +176,17 @@ def save_shards(path, parts):
         remove(path)
     agree(False)  # nobody writes before that
     try:
-        dcp.save(tensors(parts), storage_writer=dcp.FileSystemWriter(path))
+        dcp.save(tensors(parts), storage_writer=Writer(path))
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         if not isinstance(reason, OSError | RuntimeError):
             raise
         return reason
+
+
+class Writer(dcp.FileSystemWriter):
+    def storage_meta(self):
+        """Nothing: it would hold the folder's own name, which may change."""
 
 
 class Index(pickle.Unpickler):
@@ -222,7 +227,7 @@ def load_shards(path, parts):
         if saved[name].size != x.shape:
             raise ValueError(f"{name} is {list(saved[name].size)}, not {list(x.shape)}")
     try:
-        dcp.load(want, storage_reader=reader)
+        dcp.load(want, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise Unreadable(f"{path}: not a readable checkpoint ({str(reason)[:120]})") from None

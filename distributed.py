@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -66,7 +67,9 @@ def parallel(model, device):
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 2.13 has another name for broadcast_buffers, 2.11 has not
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def shard(model, blocks, device, dtype):
@@ -81,7 +84,7 @@ def shard(model, blocks, device, dtype):
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also after an evaluation: saving and averaging follow
 
 
 def sharded(model):

@@ -277,17 +277,17 @@ def killed(at, after):
     """kill -9 itself before or after file operation number `at` of all that saving does; torch.save: half way."""
     calls, save = [], torch.save
 
-    def fatal(function, *args):
+    def fatal(function, *args, **how):
         calls.append(1)
         if len(calls) < at or after or function is save:
-            function(*args)
+            function(*args, **how)
         if len(calls) >= at:
             if function is save and not after:
                 args[1].truncate(args[1].tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = partial(fatal, save)
-    for name in ("link", "replace", "fsync"):
+    for name in ("link", "rename", "replace", "fsync"):
         setattr(os, name, partial(fatal, getattr(os, name)))
 
 
