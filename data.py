@@ -22,6 +22,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
+LONGEST = 32  # crops that a picture may be long
 log = logging.getLogger(__name__)
 
 
@@ -123,12 +124,19 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
 
 
 def _list(folder):
+    """Paths of images, and of folders. What has an image's name counts as one, be it a folder or a dangling link."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: data is {DATA_HELP}")
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    images = [Path(e.path) for e in entries if os.path.splitext(e.name)[1].lower() in EXTENSIONS and e.is_file()]
-    return images, [Path(e.path) for e in entries if e.is_dir()]
+    images, folders = [], []
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            if entry.is_symlink() or entry.is_file() or entry.is_dir():  # no pipe, which would block its reader
+                images.append(Path(entry.path))
+        elif entry.is_dir():
+            folders.append(Path(entry.path))
+    return images, folders
 
 
 class Rejects:
@@ -231,7 +239,13 @@ def _pair(size):
 
 
 def _cover(img, h, w):
-    """Scaled so that it just covers h x w: halved with a box while twice too large, then bicubic (ADM's rule)."""
+    """Scaled so that it just covers h x w: halved with a box while twice too large, then bicubic (ADM's rule).
+
+    Of a picture more than LONGEST crops long the middle is scaled: the whole of 10000 x 1 pixels would fill gigabytes.
+    """
+    width, height = min(img.width, LONGEST * -(-img.height * w // h)), min(img.height, LONGEST * -(-img.width * h // w))
+    if (width, height) != img.size:
+        img = _crop(img, (img.height - height) // 2, (img.width - width) // 2, height, width)
     while img.width >= 2 * w and img.height >= 2 * h:
         img = img.resize((img.width // 2, img.height // 2), Image.Resampling.BOX)
     scale = max(w / img.width, h / img.height)
