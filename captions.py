@@ -240,8 +240,8 @@ class CaptionFile:
         with open(path, "rb") as file:
             for number, (line, n) in enumerate(zip(file, np.diff(self.captions), strict=False), 1):
                 try:
-                    good = len(json.loads(line)) == n
-                except (ValueError, TypeError, RecursionError):
+                    good = isinstance(texts := json.loads(line), list) and len(texts) == n
+                except (ValueError, RecursionError):
                     good = False
                 if not good:
                     raise ValueError(f"{path} is damaged: line {number} is no list of {n} captions")

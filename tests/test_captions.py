@@ -268,6 +268,7 @@ SPOILT = [
     ("t5", "text.bin", lambda x: x[:-2] + b"\x80\x7f", r"text.bin is damaged: .* token \d+ are not finite"),
     ("t5", "captions.jsonl", lambda x: b'{"a"]' + x[5:], "jsonl is damaged: line 1 is no list of 1 captions"),
     ("tokens", "captions.jsonl", lambda x: x.replace(b'"c", ', b""), "line 2 is no list of 3 captions"),
+    ("tokens", "captions.jsonl", lambda x: x.replace(b'["g"]', b'"g"'), "line 4 is no list of 1 captions"),
     ("tokens", "captions.jsonl", lambda x: x.replace(b"g", b"\xff"), "line 4 is no list of 1 captions"),
 ]  # fmt: skip
 
