@@ -221,12 +221,30 @@ class CaptionFile:
 
     def _check_tokens(self, path, sha256):
         for first in range(0, len(self.values), 1 << 20):
-            if (most := int(self.values[first : first + (1 << 20)].max())) >= self.size:
+            block = self.values[first : first + (1 << 20)]
+            if (most := int(block.view(f"u{block.itemsize}").max())) >= self.size:  # below 0 is far above
                 raise ValueError(f"{path} holds token {most}, the vocabulary ends at {self.size - 1}")
         path = self.folder / "tokenizer.model"
         self.model = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(self.model).hexdigest() != sha256:
             raise ValueError(f"{path} is missing, or not the one that these captions were written with")
+
+    def check(self):
+        """Reads what opening does not: features, which have to be finite, and texts; ValueError names the file."""
+        path = self.folder / "text.bin"
+        for first in range(0, len(self.values) if self.kind == "t5" else 0, 4096):
+            bad = (self.values[first : first + 4096] & 0x7F80 == 0x7F80).any(1)  # the exponent of infinity and NaN
+            if bad.any():
+                raise ValueError(f"{path} is damaged: the features of token {first + bad.argmax()} are not finite")
+        path = self.folder / "captions.jsonl"
+        with open(path, "rb") as file:
+            for number, (line, n) in enumerate(zip(file, np.diff(self.captions), strict=False), 1):
+                try:
+                    good = isinstance(texts := json.loads(line), list) and len(texts) == n
+                except (ValueError, RecursionError):
+                    good = False
+                if not good:
+                    raise ValueError(f"{path} is damaged: line {number} is no list of {n} captions")
 
     def condition(self, indices, draws=None):
         """The condition of pictures [B]: of their first captions, or of caption `draws[i]` modulo their number."""

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import builtin_sets
 from builtin_sets import split_indices
-from common import whole_characters
+from common import launched, whole_characters
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
+LONGEST = 32  # crops that a picture may be long
 log = logging.getLogger(__name__)
 
 
@@ -123,29 +126,35 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
 
 
 def _list(folder):
+    """Paths of images, and of folders. What has an image's name counts as one, be it a folder or a dangling link."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: data is {DATA_HELP}")
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    images = [Path(e.path) for e in entries if os.path.splitext(e.name)[1].lower() in EXTENSIONS and e.is_file()]
-    return images, [Path(e.path) for e in entries if e.is_dir()]
+    images, folders = [], []
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            if entry.is_symlink() or entry.is_file() or entry.is_dir():  # no pipe, which would block its reader
+                images.append(Path(entry.path))
+        elif entry.is_dir():
+            folders.append(Path(entry.path))
+    return images, folders
 
 
 class Rejects:
-    """What had to be left out: the first ten are named in the log, and too many of them end the run."""
+    """What had to be left out: the log names the first ten (with level INFO all), and too many of them end the run."""
 
     def __init__(self, source, share):
         self.source, self.share, self.n, self.first = source, share, 0, None
 
     def add(self, where, why):
         self.n, self.first = self.n + 1, self.first or f"{where} ({why})"
-        if self.n <= 10:
-            log.warning("left out: %s (%s)", where, why)
+        log.log(logging.WARNING if self.n <= 10 else logging.INFO, "left out: %s (%s)", where, why)
 
     def check(self, total):
         """ValueError if more than the share of `total` was left out, or everything."""
-        if self.n > 10:
-            log.warning("left out: %d in all of %d", self.n, total)
+        if self.n:
+            log.log(logging.WARNING if self.n > 10 else logging.INFO, "left out: %d in all of %d", self.n, total)
         if self.n > self.share * total or self.n == total:
             bad = f"{self.n} of {total} ({self.n / max(total, 1):.1%}) have no usable caption or image"
             raise ValueError(f"{self.source}: {bad}, the first is {self.first or 'nothing at all'}")
@@ -231,7 +240,13 @@ def _pair(size):
 
 
 def _cover(img, h, w):
-    """Scaled so that it just covers h x w: halved with a box while twice too large, then bicubic (ADM's rule)."""
+    """Scaled so that it just covers h x w: halved with a box while twice too large, then bicubic (ADM's rule).
+
+    Of a picture more than LONGEST crops long the middle is scaled: the whole of 10000 x 1 pixels would fill gigabytes.
+    """
+    width, height = min(img.width, LONGEST * -(-img.height * w // h)), min(img.height, LONGEST * -(-img.width * h // w))
+    if (width, height) != img.size:
+        img = _crop(img, (img.height - height) // 2, (img.width - width) // 2, height, width)
     while img.width >= 2 * w and img.height >= 2 * h:
         img = img.resize((img.width // 2, img.height // 2), Image.Resampling.BOX)
     scale = max(w / img.width, h / img.height)
@@ -282,6 +297,14 @@ def to_tensor(img):
     return torch.from_numpy(x / np.float32(127.5) - 1)
 
 
+def _read(image):
+    """(RGB image, "") of an image or a path, or (None, why it cannot be read)."""
+    try:
+        return (image if isinstance(image, Image.Image) else open_image(image)), ""
+    except Exception as error:  # decoders raise whatever they like
+        return None, f"{type(error).__name__}: {error}"
+
+
 class Views(torch.utils.data.Dataset):
     """(epoch, index) -> (pixels or None, label, index, [(unreadable index, why), ...]).
 
@@ -296,11 +319,9 @@ class Views(torch.utils.data.Dataset):
         unreadable = []
         for at in range(index, index + self.retries + 1):
             at = at % len(self.set)
-            img = self.set.images[at]
-            try:
-                img = img if isinstance(img, Image.Image) else open_image(img)
-            except Exception as error:  # decoders raise whatever they like
-                unreadable.append((at, f"{type(error).__name__}: {error}"))
+            img, why = _read(self.set.images[at])
+            if why:
+                unreadable.append((at, why))
                 continue
             views = self._views(img, np.random.default_rng((self.seed, epoch, index)))
             pixels = _stack([to_tensor(v) for v in views]) if isinstance(views, list) else to_tensor(views)
@@ -409,3 +430,51 @@ def eval_batches(image_set, size, batch_size, crop=center_crop, limit=None, work
     keys = [(0, i * n // limit) for i in range(limit)]
     order = [keys[i:i + batch_size] for i in range(0, limit, batch_size)]
     return _batches(image_set, Views(image_set, size, crop, seed), order, workers)
+
+
+class Sizes(torch.utils.data.Dataset):
+    """index -> (width, height, "") of a picture, decoded, or (0, 0, why it cannot be read)."""
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        img, why = _read(self.images[index])
+        return (0, 0, why) if why else (*img.size, "")
+
+
+def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, workers=0):
+    """Reads every picture of both splits, prints what is there, and names in the log all that cannot be used.
+
+    The arguments are load_images'. Raises ValueError as it does, or at the end if too many pictures are unreadable.
+    Under torchrun the first process does it.
+    """
+    if launched()[0] > 0:
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (h, w), checked = _pair(size), []
+    for split in ("train", "val"):
+        pictures = load_images(data, split, size, val_data, text, bad_share)
+        rejects, sizes = Rejects(f"{data}, {split}", bad_share), []
+        loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, num_workers=workers,
+                                             worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator())
+        with logging_redirect_tqdm():
+            for name, image, (*found, why) in zip(pictures.names, pictures.images, tqdm(loader, split), strict=True):
+                if why:
+                    rejects.add(name if isinstance(image, Image.Image) else image, why)
+                else:
+                    sizes.append(found)
+        checked.append((rejects, len(pictures)))
+        counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
+        few, many = (f"{counts[i]} ({pictures.class_names[i]})" for i in (counts.argmin(), counts.argmax()))
+        print(f"{split}: {len(pictures)} pictures, {rejects.n} unreadable; classes: {len(counts)}, of {few} to {many}")
+        if sizes:
+            small = sum(width < w or height < h for width, height in sizes)
+            width, height = min(sizes, key=lambda s: min(s[0] / w, s[1] / h))
+            print(f"{split}: {small} smaller than {h} x {w}, to be enlarged; the smallest is {height} x {width}")
+        if text:
+            print(f"{split}: {sum(map(len, pictures.captions))} captions")
+    for rejects, n in checked:
+        rejects.check(n)

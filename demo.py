@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-import kernels
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
 from common import cli, pick_device, save_grid, to_uint8
@@ -94,8 +93,7 @@ def digits(args):
     with torch.no_grad():
         rec = torch.cat([vq(part.to(device))[0].cpu() for part in val.split(64)])
     quality = reconstruction_psnr(val, rec)
-    counts = kernels.code_usage(torch.from_numpy(codes.codes[:].astype(np.int64)), codes.codebook_size)
-    usage, perplexity = map(float, usage_and_perplexity(counts))
+    usage, perplexity = map(float, usage_and_perplexity(codes.counts()))
 
     train_grey, val_grey = grey(to_uint8(train)), grey(to_uint8(val))
     judge = classifier()

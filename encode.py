@@ -26,14 +26,16 @@ from data import (
     as_size,
     center_crop,
     check_batch,
+    check_images,
     endless_positions,
     eval_batches,
     load_images,
     mirrored,
     ten_crop,
 )
+from kernels import code_usage
 from t5 import T5Encoder
-from vq import VQModel
+from vq import VQModel, usage_and_perplexity
 
 CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
 CODE_VERSION = 2
@@ -187,6 +189,25 @@ class CodeFile:
                 raise ValueError(f"{self.folder / 'meta.json'} (tokenizer {self.meta['tokenizer']}) has the {name} "
                                  f"{found}, {wanted} is expected")
 
+    def counts(self):
+        """How often each code occurs, over all images and augmentations: int64 [codebook_size]."""
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64)
+        for first in tqdm(range(0, len(self), 4096), desc=f"{self.folder}", unit="block"):
+            counts += code_usage(torch.from_numpy(self.codes[first:first + 4096].astype(np.int64)), self.codebook_size)
+        return counts
+
+    def report(self):
+        """Prints what is there, after reading what opening does not: counts of codes, features, the captions' texts."""
+        counts, of_class = self.counts(), np.bincount(self.labels, minlength=len(self.class_names))
+        usage, perplexity = usage_and_perplexity(counts)
+        print(f"{self.folder}: {len(self)} images x {self.codes.shape[1]} crops of {self.grid} codes; "
+              f"{usage:.1%} of {self.codebook_size} codes used, perplexity {perplexity:.1f}; "
+              f"{len(of_class)} classes of {of_class.min()} to {of_class.max()} images")
+        if self.captions:
+            self.captions.check()
+            n = np.diff(self.captions.rows)
+            print(f"{self.folder}: {len(n)} captions of {n.min()} to {n.max()} tokens ({self.captions.kind})")
+
     def condition(self, indices, draws=None):
         """What a GPT reads for images [B]: (labels int64 [B],), (ids [B, T],) or (features [B, T, C], mask [B, T]);
         of several captions the first, or caption draws[i] modulo their number."""
@@ -243,6 +264,7 @@ def options():
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
+    run.add_argument("--check-data", action="store_true", help="read all images and captions, say what is there, end")
     run.add_argument("--seed", type=int, default=0, help="of random crops")
     run.add_argument("--device", default="auto")
     run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 moves some codes")
@@ -317,6 +339,8 @@ def main():
         raise ValueError(f"--bad-share {args.bad_share} is not in [0, 1)")
     if min(args.crop_scales) < 1:
         raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
+    if args.check_data:
+        return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
     device = pick_device(args.device)
     vq = VQModel.from_pretrained(args.vq).to(device)
     sha, reader = file_sha256(args.vq), caption_reader(args, device)

@@ -452,10 +452,7 @@ def show_codes(args):
         raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
     codes.check(tokenizer_sha256=file_sha256(path))
     vq = VQModel.from_pretrained(path).to(device)
-    counts = torch.zeros(codes.codebook_size, dtype=torch.long)
-    for start in tqdm(range(0, len(codes), 4096), desc="codes", unit="batch"):
-        part = torch.from_numpy(codes.codes[start : start + 4096].astype(np.int64))
-        counts += kernels.code_usage(part.flatten(), len(counts))
+    counts = codes.counts()
     generator = np.random.default_rng(args.seed)
     pick = np.sort(generator.choice(len(codes), min(64, len(codes)), replace=False))
     views = generator.integers(codes.codes.shape[1], size=len(pick))

@@ -33,6 +33,7 @@ def options():
     data = parser.add_argument_group("data")
     data.add_argument("--codes", type=Path, required=True, help="folder that encode.py wrote, with train/ and val/")
     data.add_argument("--vq", type=Path, help="the tokenizer, for pictures (default: the file that the codes name)")
+    data.add_argument("--check-data", action="store_true", help="read all codes and captions, say what is there, end")
     data.add_argument("--eval-images", type=int, default=5000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: B")
@@ -54,6 +55,13 @@ def options():
                      help="compute blocks again in the backward pass: a third more work, a fraction of the memory")
     opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the blocks' matrices")
     return parser.parse_args()
+
+
+def open_codes(args):
+    """The CodeFiles of training and of held-out images; ValueError if they are not of one kind."""
+    codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
+    val_codes.check(**{name: codes.meta[name] for name in SAME})
+    return codes, val_codes
 
 
 def words(text):
@@ -160,8 +168,7 @@ def train(args, device, rank, world, asked):
     """The run; `asked` as distributed.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
-    val_codes.check(**{name: codes.meta[name] for name in SAME})
+    codes, val_codes = open_codes(args)
     vq = open_tokenizer(args, codes, device)
 
     model = build_model(args, codes, vq).to(device).train()
@@ -274,6 +281,11 @@ def train(args, device, rank, world, asked):
 
 def main():
     args = options()
+    if args.check_data:
+        if common.launched()[0] == 0:
+            for codes in open_codes(args):
+                codes.report()
+        return
     with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):
         if args.fsdp and not torch.distributed.is_initialized():
             raise ValueError("--fsdp shards over torchrun's processes: torchrun --nproc_per_node=8 -- train_gpt.py ...")

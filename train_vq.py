@@ -18,7 +18,7 @@ import checkpoints
 import common
 import distributed
 import training
-from data import BAD_SHARE, DATA_HELP, as_size, eval_batches, image_batches, load_images
+from data import BAD_SHARE, DATA_HELP, as_size, check_images, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
@@ -43,6 +43,7 @@ def options():
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
     data.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
+    data.add_argument("--check-data", action="store_true", help="read every image, say what is there, and end")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: vq16")
@@ -264,6 +265,8 @@ def train(args, device, rank, world, asked):
 def main():
     args = options()
     args.size = as_size(args.size)
+    if args.check_data:
+        return check_images(args.data, args.size, args.val_data, False, args.bad_share, args.workers)
     if args.compile and args.adaptive_disc_weight:
         raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
     with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):

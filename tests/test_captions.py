@@ -264,6 +264,33 @@ def test_damaged_files_and_those_of_other_captions_are_named(name, change, messa
         CaptionFile(tmp_path, about, about["n"]).texts([3])
 
 
+SPOILT = [
+    ("t5", "text.bin", lambda x: x[:-2] + b"\x80\x7f", r"text.bin is damaged: .* token \d+ are not finite"),
+    ("t5", "captions.jsonl", lambda x: b'{"a"]' + x[5:], "jsonl is damaged: line 1 is no list of 1 captions"),
+    ("tokens", "captions.jsonl", lambda x: x.replace(b'"c", ', b""), "line 2 is no list of 3 captions"),
+    ("tokens", "captions.jsonl", lambda x: x.replace(b'["g"]', b'"g"'), "line 4 is no list of 1 captions"),
+    ("tokens", "captions.jsonl", lambda x: x.replace(b"g", b"\xff"), "line 4 is no list of 1 captions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name, change, message", SPOILT, ids=range(len(SPOILT)))
+def test_a_check_reads_features_and_texts(kind, name, change, message, tmp_path):
+    reader = Rows(kind, 300)
+    reader.rows = lambda texts, rows=reader.rows: [row & 0x3FFF for row in rows(texts)]  # small, so finite
+    write(tmp_path, reader)
+    CaptionFile(tmp_path, reader.about(), 4).check()
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        CaptionFile(tmp_path, reader.about(), 4).check()
+
+
+def test_ids_below_zero_are_none(tmp_path):
+    write(tmp_path, Rows("tokens", 70_000))
+    (tmp_path / "text.bin").write_bytes(b"\xff" * 4 + (tmp_path / "text.bin").read_bytes()[4:])
+    with pytest.raises(ValueError, match="text.bin holds token 4294967295, the vocabulary ends at 69999"):
+        CaptionFile(tmp_path, Rows("tokens", 70_000).about(), 4)
+
+
 def test_old_files_outlive_an_error(tmp_path):
     write(tmp_path, Rows("tokens", 300))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -2,6 +2,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,6 +382,96 @@ def test_weights_that_do_not_fit_the_codes_are_refused(codes, tmp_path, monkeypa
     save_file(tmp_path / "gpt.pt", GPT(train_gpt.GPTConfig(**LLAMA, vocab_size=33, num_classes=3)).checkpoint())
     with pytest.raises(ValueError, match="--init .*gpt.pt knows 33 codes, .* has 32"):
         run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(codes, "--init", tmp_path / "gpt.pt"))
+
+
+# Bad data
+
+def run_command(script, monkeypatch, *words):
+    """Exit code of a script."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+    try:
+        common.cli(script.main)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+@pytest.fixture
+def bad_pictures(pictures, tmp_path):
+    """The two classes with captions and a val folder; 12 of 38 training pictures damaged, 2 small, 2 without text."""
+    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+        new = tmp_path / "data" / ("train" if 0 < i < 39 else "val") / path.parent.name / path.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(path.read_bytes() if i == 0 or i % 3 else b"damaged" if i < 39 else path.read_bytes())
+        if i in (1, 2):
+            Image.new("RGB", (7 + i, 9)).save(new)
+        if i not in (5, 7):
+            new.with_suffix(".txt").write_text(f"number {i}\nof {path.parent.name}\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", [train_vq, encode], ids=lambda s: s.__name__)
+def test_check_data_names_all_and_trains_nothing(script, workers, bad_pictures, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    out, text = tmp_path / "out", script is encode
+    words = ["--data", bad_pictures, "--size", 16, 24, "--workers", workers, "--check-data", "--out", out]
+    words += ["--vq", "none.pt", "--text", "tokens"] if text else []
+    bad = [path for path in bad_pictures.rglob("*.png") if path.read_bytes() == b"damaged"]
+    for share, code in ((0.4, 0), (0.2, 2)):
+        caplog.clear()
+        assert run_command(script, monkeypatch, *words, "--bad-share", share) == code
+        printed, error = capsys.readouterr()
+        n = 36 if text else 38
+        assert f"train: {n} pictures, 12 unreadable; classes: 2, of " in printed
+        assert "train: 2 smaller than 16 x 24, to be enlarged; the smallest is 9 x 8" in printed
+        assert "val: 2 pictures, 0 unreadable; classes: 2, of 1 (across) to 1 (across)" in printed
+        assert (f"train: {2 * n} captions" in printed) == ("val: 4 captions" in printed) == text
+        assert len(bad) == 12 and all(sum(f"left out: {p} (Unid" in m for m in caplog.messages) == 1 for p in bad)
+        assert f"left out: 12 in all of {n}" in caplog.messages
+        assert not text or "left out: 2 in all of 38" in caplog.messages
+        message = rf"{script.__name__}.py: error: .*, train: 12 of {n} \(3.*%\) have no usable .*, the first is .*png"
+        assert code == 0 or re.match(message, error.splitlines()[-1])
+    assert not out.exists()
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(script, monkeypatch, *words) == 0 and not capsys.readouterr().out
+
+
+def test_encode_leaves_unreadable_pictures_out_of_everything(bad_pictures, codes, tmp_path, monkeypatch, caplog):
+    words = ("--vq", codes.parent / "vq.pt", "--data", bad_pictures, "--size", 8, 12, "--crops", "center", "--text",
+             "tokens", "--text-pieces", "word", "--device", "cpu", "--out", tmp_path / "codes")  # fmt: skip
+    assert run_command(encode, monkeypatch, *words, "--bad-share", 0.4) == 0
+    assert sum("unreadable image left out: " in message for message in caplog.messages) == 12
+    file, tokenizer = encode.CodeFile(tmp_path / "codes" / "train"), VQModel.from_pretrained(codes.parent / "vq.pt")
+    pictures = train_vq.load_images(bad_pictures, "train", 8, text=True, bad_share=0.4)
+    kept = [i for i, path in enumerate(pictures.images) if path.read_bytes() != b"damaged"]
+    assert len(file) == len(file.labels) == len(kept) == 24
+    assert file.labels.tolist() == pictures.labels[kept].tolist()
+    assert file.captions.texts(range(24)) == [pictures.captions[i][0] for i in kept]
+    ((images, _, _),) = train_vq.eval_batches(pictures.subset(kept), (8, 12), 24)
+    assert np.array_equal(file.codes[:, 0], tokenizer.encode(images).flatten(1).numpy())
+    assert run_command(encode, monkeypatch, *words, "--bad-share", 0.2) == 2
+
+
+def test_check_data_of_codes(codes, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "codes"
+    shutil.copytree(codes, folder)
+    words = ("--codes", folder, "--check-data", "--out", tmp_path / "out")
+    assert run_command(train_gpt, monkeypatch, *words) == 0
+    counts = encode.CodeFile(folder / "train").counts()
+    assert counts.tolist() == np.bincount(np.load(folder / "train" / "codes.npy").ravel(), minlength=32).tolist()
+    train, val = capsys.readouterr().out.splitlines()
+    usage, perplexity = vq.usage_and_perplexity(counts)
+    assert train == (f"{folder}/train: 12 images x 2 crops of (2, 3) codes; {usage:.1%} of 32 codes used, perplexity "
+                     f"{perplexity:.1f}; 3 classes of 4 to 4 images")  # fmt: skip
+    assert val.startswith(f"{folder}/val: 4 images x 2 crops")
+    raw = bytearray((folder / "val" / "codes.npy").read_bytes())
+    raw[-2:] = b"\x20\x00"  # code 32
+    (folder / "val" / "codes.npy").write_bytes(raw)
+    assert run_command(train_gpt, monkeypatch, *words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match("train_gpt.py: error: the codes in .*val/codes.npy reach from 0 to 32, outside 0..31", error)
+    assert not (tmp_path / "out").exists()
 
 
 # Options
