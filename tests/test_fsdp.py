@@ -64,8 +64,22 @@ def test_muon_and_bfloat16_are_near(codes, tmp_path):
                     for out, fsdp in ((one, ()), (two, ("--fsdp",)))]  # fmt: skip
         assert finish(sum(children, [])) == 4 * [0]
         losses = [torch.tensor(series(rows(out), "loss")) for out in (one, two)]
-        assert not torch.equal(*losses)
         torch.testing.assert_close(*losses, atol=0.02, rtol=0)
+
+
+def test_blocks_are_gathered_in_bfloat16_the_rest_in_float32(monkeypatch):
+    for name, value in dict(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    model = GPT(GPTConfig(**LLAMA, vocab_size=32, num_classes=3, grid=(2, 3)))
+    with distributed.processes("cpu") as (device, _, world):
+        assert world == 1
+        distributed.shard(model, model.layers, device, "bfloat16")
+        assert distributed.sharded(model) and {p.dtype for p in model.parameters()} == {torch.float32}
+        for part in (model, *model.layers):
+            part.unshard()
+        whole = {name: p.dtype for name, p in model.named_parameters()}
+    assert not distributed.sharded(model)
+    assert all((dtype == torch.bfloat16) == name.startswith("layers.") for name, dtype in whole.items())
 
 
 def test_a_sharded_run_goes_on_exactly_and_as_any_number_of_processes(codes, tmp_path):
