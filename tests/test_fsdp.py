@@ -53,7 +53,8 @@ def test_two_sharded_processes_train_what_one_does(kind, codes, tmp_path):
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert series(rows(two), name) == pytest.approx(series(rows(one), name), rel=1e-5)
     torch.testing.assert_close(weights(one), weights(two), atol=1e-4, rtol=0)
-    assert len(list((two / "state.pt").glob("*.distcp"))) == 2 and (one / "state.pt").is_file()
+    pieces = [path.stat().st_size for path in (two / "state.pt").glob("*.distcp")]
+    assert len(pieces) == 2 and min(pieces) > 0.8 * max(pieces) and (one / "state.pt").is_file()
 
 
 def test_muon_and_bfloat16_are_near(codes, tmp_path):
