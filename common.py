@@ -1,8 +1,10 @@
-"""What every script needs: devices, errors, reading and writing checkpoints, pictures."""
+"""What every script needs: options, errors, devices, reading and writing checkpoints, pictures."""
 
 import argparse
+import difflib
 import math
 import os
+import re
 import sys
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -13,15 +15,130 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Usage with the required options only; each default after its help."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(usage, [a for a in actions if a.required or not a.option_strings], (), prefix)
+
+    def _get_help_string(self, action):
+        default = action.default
+        silent = default is None or default is False or default in (math.inf, argparse.SUPPRESS, [])
+        if silent or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as every script has it: names in full, and for a wrong one the nearest right one.
+
+    What is wrong is a ValueError, for cli(). `description` is the script's docstring, whose example --help shows. With
+    --hub, published files that are not there are fetched.
+    """
+
+    def __init__(self, description, **more):
+        more = dict(formatter_class=Help, allow_abbrev=False) | more  # torchrun would abbreviate, too
+        super().__init__(description=description, **more)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in args[:1] if self._subparsers else args:  # before argparse misses what was meant
+            name = re.fullmatch(r"(--?[A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
+            if name and name[1] not in known:
+                hint = ": the command comes first" if self._subparsers else nearest(name[1], known)
+                self.error(f"no option {name[1]}{hint}")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for name, value in vars(args).items():
+            if isinstance(value, float) and math.isnan(value):
+                self.error(f"--{name.replace('_', '-')} has to be a number, not nan")
+        if "hub" in args and args.hub:
+            for name in ("vq", "gpt", "init"):
+                if getattr(args, name, None):
+                    setattr(args, name, fetch(getattr(args, name)))
+        return args
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            name = action.option_strings[0] if action.option_strings else "the command"
+            hint = nearest(str(value), choices) or f": it is one of {', '.join(choices)}"
+            self.error(f"{name} cannot be {value}{hint}")
+
+    def error(self, message):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def add_command(commands, name, run, doc):
+    """A subcommand of Parser.add_subparsers() that calls run(args); its example is the line of `doc` that has one."""
+    example = next(line for line in doc.splitlines() if f".py {name} " in line)
+    parser = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def nearest(word, words):
+    """": did you mean ...?" with the nearest of `words`, or "" where none is near."""
+    near = difflib.get_close_matches(word, words, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
         if os.environ.get("NANOLLAMAGEN_TRACE"):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# LlamaGen's files on the Hugging Face hub, and their parameters in millions.
+PUBLISHED = {
+    "FoundationVision/LlamaGen": {
+        "vq_ds16_c2i.pt": 71.9, "vq_ds8_c2i.pt": 70.1, "c2i_B_256.pt": 110.9, "c2i_B_384.pt": 110.9,
+        "c2i_L_256.pt": 342.9, "c2i_L_384.pt": 342.9, "c2i_XL_384.pt": 774.7, "c2i_XXL_384.pt": 1411,
+        "c2i_3B_384.pt": 3097,
+    },
+    "peizesun/llamagen_t2i": {"vq_ds16_t2i.pt": 71.9, "t2i_XL_stage1_256.pt": 777.7, "t2i_XL_stage2_512.pt": 777.7},
+}  # fmt: skip
+DEVICE_HELP = "auto, cpu, cuda, cuda:1; auto is a GPU where there is one"
+HUB_HELP = "fetch LlamaGen's files that are not there from the Hugging Face hub, by name (c2i_B_256.pt)"
+
+
+def published(path):
+    """(repository, parameters in millions) of a file that LlamaGen published under this name, or None."""
+    name = Path(path).name
+    return next(((repo, files[name]) for repo, files in PUBLISHED.items() if name in files), None)
+
+
+def fetch(path):
+    """`path`, or, where nothing is there, the published file of that name in huggingface_hub's cache, fetched if need
+    be.
+
+    Raises FileNotFoundError for a name that was not published, ImportError without huggingface_hub, OSError where the
+    hub cannot be reached.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    if not published(path):
+        names = [name for files in PUBLISHED.values() for name in files]
+        raise FileNotFoundError(f"{path}: no such file, and none that --hub knows{nearest(path.name, names)}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError("--hub needs the huggingface_hub package: pip install huggingface_hub") from None
+    repo, _ = published(path)
+    try:
+        return Path(hf_hub_download(repo, path.name))
+    except Exception as error:  # its own, requests' or httpx's, by version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{path.name} could not be fetched from {repo}: {reason}") from None
 
 
 def pick_device(name):
@@ -78,7 +195,14 @@ def read_file(path):
     Raises FileNotFoundError, or ValueError with the file's name where it is no readable checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
+        if found := published(path):
+            repo, millions = found
+            where = f"https://huggingface.co/{repo}/resolve/main/{path.name}"
+            size = f"about {millions * 4 / 1000:.2g} GB"  # 4 bytes a parameter
+            raise FileNotFoundError(f"{path} is not there: LlamaGen's file, {size}, is at {where} (--hub fetches it)")
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen pickles its options along
@@ -106,6 +230,16 @@ def read_weights(path):
     for prefix in ("module.", "_orig_mod."):  # of DDP and of torch.compile
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights, content.get("config")
+
+
+KINDS = {"an image tokenizer": "quantize.embedding.weight", "a GPT": "tok_embeddings.weight"}  # and what tells them
+
+
+def check_kind(weights, path, want):
+    """ValueError where a state dict is not that of `want`, one of KINDS."""
+    if KINDS[want] not in weights:
+        other = next((kind for kind, name in KINDS.items() if name in weights), None)
+        raise ValueError(f"{path}: not {want} " + (f"but {other}" if other else f"(it holds no {KINDS[want]})"))
 
 
 def make_config(cls, fields, path):

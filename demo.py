@@ -6,7 +6,6 @@
 Each writes report.json and samples.png.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from sklearn.svm import SVC
 import kernels
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
-from common import cli, pick_device, save_grid, to_uint8
+from common import DEVICE_HELP, Parser, add_command, cli, pick_device, save_grid, to_uint8
 from data import center_crop, load_images, to_tensor
 from encode import CodeFile
 from evaluate import reconstruct, reconstruction_psnr
@@ -257,17 +256,16 @@ def print_text(report, args):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True)
     for run in (digits, text):
-        p = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        p = add_command(commands, run.__name__, run, __doc__)
         p.add_argument("--vq", type=Path, required=True, help="tokenizer, in the folder that train_vq.py made")
         p.add_argument("--gpt", type=Path, required=True, help="GPT, in the folder that train_gpt.py made")
         p.add_argument("--codes", type=Path, required=True, help="folder that encode.py made")
         p.add_argument("--out", type=Path, required=True, help="folder for report.json and samples.png")
         p.add_argument("--seed", type=int, default=0, help="of what is reported")
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-        p.set_defaults(run=run)
+        p.add_argument("--device", default="auto", help=DEVICE_HELP)
     p = commands.choices["digits"]
     p.add_argument("--n", type=int, default=500, help="digits to paint, classes in turn")
     p.add_argument("--choose-seed", type=int, default=1, help="of the digits on which the sampling settings are chosen")

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
-from common import autocast, cli, pick_device
+from common import DEVICE_HELP, HUB_HELP, Parser, autocast, cli, pick_device
 from data import (
     BAD_SHARE,
+    BAD_SHARE_HELP,
     DATA_HELP,
     as_size,
     center_crop,
@@ -221,20 +222,23 @@ class CodeFile:
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
-    parser.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the code files")
-    parser.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
+    parser = Parser(__doc__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
+    what.add_argument("--hub", action="store_true", help=HUB_HELP)
+    what.add_argument("--data", required=True, help=DATA_HELP)
+    what.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
+    what.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
+    what.add_argument("--out", type=Path, required=True, help="folder for the code files")
+    what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
-    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
-    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in training")
+    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05],
+                       help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE")
+    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in train_vq.py")
     crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, never with --text")
     text = parser.add_argument_group("captions")
-    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="stored beside the codes, as")
+    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="captions, stored as")
     text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
     text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
     text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
@@ -244,8 +248,9 @@ def options():
     run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
     run.add_argument("--seed", type=int, default=0, help="of random crops")
-    run.add_argument("--device", default="auto")
-    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 moves some codes")
+    run.add_argument("--device", default="auto", help=DEVICE_HELP)
+    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                     help="of the encoder; bfloat16 moves some codes")
     return parser.parse_args()
 
 

@@ -10,7 +10,6 @@ Generation is scored against the reference batch of the ADM evaluator, reconstru
 mixing the two is the usual reason why published figures are not met. Under torchrun the images are split.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -28,8 +27,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from common import cli, launched, pick_device, read_file, save_grid, to_uint8
-from data import EXTENSIONS, as_size, eval_batches, load_images, open_image
+from common import (
+    DEVICE_HELP,
+    HUB_HELP,
+    Parser,
+    add_command,
+    cli,
+    launched,
+    pick_device,
+    read_file,
+    save_grid,
+    to_uint8,
+)
+from data import DATA_HELP, EXTENSIONS, as_size, eval_batches, load_images, open_image
 from encode import CodeFile, file_sha256
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
@@ -509,45 +519,41 @@ def likelihood(args):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = commands.add_parser("recon", help=recon.__doc__, description=recon.__doc__, **about)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True)
+    p = add_command(commands, "recon", recon, __doc__)
     p.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    p.add_argument("--data", required=True, help="as for train_vq.py")
+    p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument("--split", default="val", choices=["val", "train"], help="of the data")
-    p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels of centre crops: side, or height width")
+    p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     p.add_argument("--out", type=Path, required=True, help="folder for recon.json and recon.png")
-    p.set_defaults(run=recon)
-    p = commands.add_parser("gen", help=gen.__doc__, description=gen.__doc__, **about)
+    p = add_command(commands, "gen", gen, __doc__)
     p.add_argument("--samples", type=Path, required=True, help="npz with arr_0, or folder of images")
     p.add_argument("--ref", type=Path, required=True, help="npz with arr_0, or mu and sigma, or both; or folder")
     p.add_argument("--out", type=Path, help="JSON file (default: SAMPLES.json)")
-    p.set_defaults(run=gen)
-    p = commands.add_parser("self-check", help=self_check.__doc__, description=self_check.__doc__, **about)
+    p = add_command(commands, "self-check", self_check, __doc__)
     p.add_argument("--val", type=Path, required=True, help="the 50,000 images at 256 pixels: npz or folder")
     p.add_argument("--ref", type=Path, required=True, help="VIRTUAL_imagenet256_labeled.npz")
     p.add_argument("--out", type=Path, help="JSON file (default: VAL.self-check.json)")
-    p.set_defaults(run=self_check)
     for p in (commands.choices[name] for name in ("gen", "self-check")):
         p.add_argument("--cache", type=Path, help="folder that keeps the features")
     for p in (commands.choices[name] for name in ("recon", "gen", "self-check")):
         p.add_argument("--inception", type=Path, help="weights of the network (default: in torch hub's cache)")
-    p = commands.add_parser("codes", help=show_codes.__doc__, description=show_codes.__doc__, **about)
+    p = add_command(commands, "codes", show_codes, __doc__)
     p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote: FOLDER/train or FOLDER/val")
     p.add_argument("--vq", type=Path, help="the tokenizer (default: the file that the codes name)")
     p.add_argument("--out", type=Path, required=True, help="folder for codes.json and codes.png")
-    p.add_argument("--seed", type=int, default=0, help="of the page")
-    p.set_defaults(run=show_codes)
-    p = commands.add_parser("likelihood", help=likelihood.__doc__, description=likelihood.__doc__, **about)
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images on the page")
+    p = add_command(commands, "likelihood", likelihood, __doc__)
     p.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
     p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote, held out: FOLDER/val")
     p.add_argument("--out", type=Path, help="JSON file (default: GPT.likelihood.json)")
-    p.set_defaults(run=likelihood)
+    for p in (commands.choices[name] for name in ("recon", "codes", "likelihood")):
+        p.add_argument("--hub", action="store_true", help=HUB_HELP)
     for p in (commands.choices[name] for name in ("recon", "likelihood")):
         p.add_argument("--batch-size", type=int, default=32, help="images at a time, per process")
     for p in commands.choices.values():
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+        p.add_argument("--device", default="auto", help=DEVICE_HELP)
     return parser.parse_args()
 
 

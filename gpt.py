@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, make_config, read_weights
+from common import check_kind, load_weights, make_config, read_weights
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, dim=128, ffn_dim=384),
@@ -465,8 +465,7 @@ class GPT(nn.Module):
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
-        if "tok_embeddings.weight" not in weights:
-            raise ValueError(f"{path}: not a GPT (it holds no tok_embeddings.weight)")
+        check_kind(weights, path, "a GPT")
         if config is None and grid is None:
             raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384")
         config = make_config(GPTConfig, config, path) if config else infer_config(weights, path)

@@ -8,7 +8,6 @@
         --n 50000 --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -30,7 +29,20 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
-from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8, whole_characters
+from common import (
+    DEVICE_HELP,
+    HUB_HELP,
+    Parser,
+    cli,
+    evaluating,
+    launched,
+    pick_device,
+    pick_dtype,
+    read_file,
+    save_grid,
+    to_uint8,
+    whole_characters,
+)
 from encode import file_sha256
 from gpt import GPT
 from t5 import clean_caption
@@ -316,10 +328,11 @@ def parse_grid(text):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_argument_group("what")
     what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
     what.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
+    what.add_argument("--hub", action="store_true", help=HUB_HELP)
     what.add_argument("--grid", help="ROWSxCOLUMNS of codes, for LlamaGen's files: 16x16 at 256 pixels, 24x24 at 384")
     what.add_argument("--classes", help="numbers or names, by commas (default: all in turn)")
     what.add_argument("--text", action="append", default=[], help="a prompt; once for each (\"\": no text)")
@@ -329,13 +342,13 @@ def options():
     how = parser.add_argument_group("how")
     how.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (1: none)")
     how.add_argument("--cfg-stop", type=int, default=-1, help="codes that are guided (-1: all)")
-    how.add_argument("--temperature", type=float, default=1.0)
+    how.add_argument("--temperature", type=float, default=1.0, help="of the codes' distribution")
     how.add_argument("--top-k", type=int, default=0, help="codes kept (0: all)")
-    how.add_argument("--top-p", type=float, default=1.0, help="mass kept, after top-k")
+    how.add_argument("--top-p", type=float, default=1.0, help="probability mass kept, after top-k (1: all)")
     how.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=int, default=0, help="of the images; image i depends on it and on i alone")
     how.add_argument("--batch-size", type=int, default=64, help="images at a time, per process")
-    how.add_argument("--device", default="auto")
+    how.add_argument("--device", default="auto", help=DEVICE_HELP)
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     how.add_argument("--dtype", default="auto", choices=dtypes, help="of the GPT's weights (auto: bfloat16 on a GPU)")
     out = parser.add_argument_group("output")
@@ -343,7 +356,7 @@ def options():
     out.add_argument("--columns", type=int, help="images per row of the grid (default: one row per class, or 8)")
     out.add_argument("--npz", type=Path, help="arr_0: images, uint8 NHWC; arr_1: classes (shuffled) or prompt numbers")
     out.add_argument("--folder", type=Path, help="one PNG per image")
-    out.add_argument("--size", type=int, help="resize to this many pixels (published 384-pixel samples: 256)")
+    out.add_argument("--size", type=int, help="resize to this many pixels a side (default: none; LlamaGen's 384: 256)")
     return parser.parse_args()
 
 

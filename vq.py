@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, make_config, read_weights
+from common import check_kind, load_weights, make_config, read_weights
 
 PRESETS = {
     "tiny": dict(channels=(64, 96), patch=4, blocks=1, z_channels=64, codebook_size=256),
@@ -317,8 +317,7 @@ class VQModel(nn.Module):
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
-        if "quantize.embedding.weight" not in weights:
-            raise ValueError(f"{path}: not an image tokenizer (it holds no quantize.embedding.weight)")
+        check_kind(weights, path, "an image tokenizer")
         config = replace(make_config(VQConfig, config, path) if config else infer_config(weights, path), **changes)
         with torch.device("meta"):
             model = cls(config)
