@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import re
@@ -29,6 +30,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
+SIGNED = {"cfg_scale", "sample_cfg_scale", "cfg_stop"}  # options that may be below 0
+POSITIVE = {"batch_size", "code_dim", "codebook_size", "columns", "micro_batch_size", "n", "n_random", "size",
+            "text_vocab", "usage_window"}  # that cannot be 0
+SHARES = {"bad_share", "dropout", "cond_dropout", "model_dropout", "beta1", "beta2"}  # that cannot be above 1
+
+
 class Parser(argparse.ArgumentParser):
     """argparse as every script has it: names in full, and for a wrong one the nearest right one.
 
@@ -53,13 +60,23 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args = super().parse_args(args, namespace)
         for name, value in vars(args).items():
-            if isinstance(value, float) and math.isnan(value):
-                self.error(f"--{name.replace('_', '-')} has to be a number, not nan")
+            for x in value if isinstance(value, list) else [value]:
+                if isinstance(x, int | float):
+                    self.check_number(name, x)
         if "hub" in args and args.hub:
             for name in ("vq", "gpt", "init"):
                 if getattr(args, name, None):
                     setattr(args, name, fetch(getattr(args, name)))
         return args
+
+    def check_number(self, name, x):
+        """What no number of any script may be; their own checks say more."""
+        low, high = -math.inf if name in SIGNED else 0, 1 if name in SHARES else math.inf if isinstance(x, float) else 2**63
+        if name in POSITIVE and x == 0:
+            self.error(f"--{name.replace('_', '-')} has to be above 0, not 0")
+        if not (low <= x <= high and math.isfinite(x)) and (name, x) != ("max_minutes", math.inf):
+            why = f"{x}" if not math.isfinite(x) else f"{'below 0' if x < low else f'above {high}'}, and is {x}"
+            self.error(f"--{name.replace('_', '-')} cannot be {why}")
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
@@ -90,11 +107,27 @@ def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
     try:
         main()
-    except (ValueError, OSError, ImportError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
-        if os.environ.get("NANOLLAMAGEN_TRACE"):
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        reason = f"out of memory: {str(error).splitlines()[0]}" if memory else error
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
+
+
+def make_folder(path):
+    """`path` as a folder that can be written to; OSError, before any work is done, where it cannot be one."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+    except OSError as error:
+        raise OSError(f"{path} cannot be a folder to write to ({error.strerror.lower()})") from None
+    return path
 
 
 # LlamaGen's files on the Hugging Face hub, and their parameters in millions.
@@ -147,9 +180,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        torch.empty(0, device=device).tolist()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}") from None
     return device
 
 
@@ -209,8 +243,11 @@ def read_file(path):
             zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds for a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+        with open(path, "rb") as file:
+            short = file.read(2) in (b"PK", b"") and not zipfile.is_zipfile(path)
+        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = reason if " " in reason else "torch.save wrote no such file"
+        raise ValueError(f"{path}: not a readable checkpoint ({'cut short' if short else reason[:120]})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -253,7 +290,7 @@ def make_config(cls, fields, path):
 def load_weights(model, weights, path):
     """Strict: ValueError naming what is missing, unexpected or misshapen. Assigns, so `model` may be on meta."""
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in weights.items()}
+    have = {k: tuple(v.shape) for k, v in weights.items() if isinstance(v, torch.Tensor)}
     wrong = [f"missing {k}" for k in want if k not in have]
     wrong += [f"unexpected {k}" for k in have if k not in want]
     wrong += [f"{k} is {list(have[k])}, expected {list(want[k])}" for k in want if k in have and want[k] != have[k]]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 import builtin_sets
 from builtin_sets import split_indices
-from common import whole_characters
+from common import nearest, whole_characters
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
@@ -125,7 +125,8 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
 
 def _list(folder):
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: data is {DATA_HELP}")
+        what = "not a folder" if folder.exists() else "not there"
+        raise FileNotFoundError(f"{folder} is {what}{nearest(str(folder), BUILT_IN) or f': data is {DATA_HELP}'}")
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     images = [Path(e.path) for e in entries if os.path.splitext(e.name)[1].lower() in EXTENSIONS and e.is_file()]
@@ -145,11 +146,13 @@ class Rejects:
 
     def check(self, total):
         """ValueError if more than the share of `total` was left out, or everything."""
+        if not total:
+            raise ValueError(f"{self.source} holds no captioned images: it has no line")
         if self.n > 10:
             log.warning("left out: %d in all of %d", self.n, total)
         if self.n > self.share * total or self.n == total:
-            bad = f"{self.n} of {total} ({self.n / max(total, 1):.1%}) have no usable caption or image"
-            raise ValueError(f"{self.source}: {bad}, the first is {self.first or 'nothing at all'}")
+            bad = f"{self.n} of {total} ({self.n / total:.1%}) have no usable caption or image"
+            raise ValueError(f"{self.source}: {bad}, the first is {self.first}")
 
 
 def clean_texts(texts):
@@ -222,9 +225,15 @@ def open_image(path):
 
 def as_size(numbers):
     """[256] -> 256, [32, 64] -> (32, 64), of --size; ValueError for others."""
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise ValueError(f"--size takes one or two numbers above 0 (height, width), not {numbers}")
+    if len(numbers) not in (1, 2) or min(numbers) < 1 or max(numbers) > 8192:
+        raise ValueError(f"--size takes one or two numbers (height, width) from 1 to 8192, not {numbers}")
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def check_size(size, factor):
+    """ValueError where a tokenizer with `factor` pixels per code cannot take images of this size."""
+    if any(side % factor for side in _pair(size)):
+        raise ValueError(f"--size {size} is no multiple of {factor}, the tokenizer's pixels per code")
 
 
 def _pair(size):

@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 import kernels
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
-from common import DEVICE_HELP, Parser, add_command, cli, pick_device, save_grid, to_uint8
+from common import DEVICE_HELP, Parser, add_command, cli, make_folder, pick_device, save_grid, to_uint8
 from data import center_crop, load_images, to_tensor
 from encode import CodeFile
 from evaluate import reconstruct, reconstruction_psnr
@@ -84,8 +84,8 @@ def stages(args, start):
 
 def digits(args):
     """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in painted digits."""
-    start = time.perf_counter()
-    device = pick_device(args.device)
+    start, device = time.perf_counter(), pick_device(args.device)
+    make_folder(args.out)
     vq, gpt, _ = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
     train_set, val_set = (load_images("digits", split, 32) for split in ("train", "val"))
@@ -191,6 +191,7 @@ def halves(codes):
 def text(args):
     """The report of `make demo-text`: how often pictures show what their captions say, for captions never seen, too."""
     start, device = time.perf_counter(), pick_device(args.device)
+    make_folder(args.out)
     vq, gpt, codes_meta = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
     if codes.meta["data"] != "digits-text":

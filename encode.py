@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
-from common import DEVICE_HELP, HUB_HELP, Parser, autocast, cli, pick_device
+from common import DEVICE_HELP, HUB_HELP, Parser, autocast, cli, make_folder, pick_device
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
@@ -27,6 +27,7 @@ from data import (
     as_size,
     center_crop,
     check_batch,
+    check_size,
     endless_positions,
     eval_batches,
     load_images,
@@ -316,14 +317,14 @@ def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
 def main():
     args = options()
     size = as_size(args.size)
-    if min(args.batch_size, args.n_random) < 1 or args.text_length < 2:
-        raise ValueError("--batch-size and --n-random have to be above 0, --text-length above 1")
-    if not 0 <= args.bad_share < 1:
-        raise ValueError(f"--bad-share {args.bad_share} is not in [0, 1)")
-    if min(args.crop_scales) < 1:
-        raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
+    if args.text_length < 2 or args.n_random > 1000:
+        raise ValueError("--text-length has to be above 1, --n-random at most 1000")
+    if not all(1 <= scale <= 10 for scale in args.crop_scales):
+        raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
     device = pick_device(args.device)
     vq = VQModel.from_pretrained(args.vq).to(device)
+    check_size(size, vq.config.factor)
+    make_folder(args.out)
     sha, reader = file_sha256(args.vq), caption_reader(args, device)
     start = time.perf_counter()
     images = {}

@@ -34,12 +34,13 @@ from common import (
     add_command,
     cli,
     launched,
+    make_folder,
     pick_device,
     read_file,
     save_grid,
     to_uint8,
 )
-from data import DATA_HELP, EXTENSIONS, as_size, eval_batches, load_images, open_image
+from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
 from encode import CodeFile, file_sha256
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
@@ -315,11 +316,17 @@ def load_inception(path, device):
     return network
 
 
+def result_file(path):
+    """The path of a JSON file that can be written; OSError, before any work is done, where it cannot."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not the name of a JSON file")
+    return make_folder(Path(path).parent) / Path(path).name
+
+
 def write_result(path, result, hide=()):
     """One JSON file, whole or not at all, and the same but for `hide` on the screen; the first process alone."""
     if launched()[0]:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1))
     temporary.rename(path)
@@ -357,19 +364,21 @@ def compare(samples, ref, args):
 @torch.no_grad()
 def gen(args):
     """FID, sFID, IS, precision and recall of samples against a reference, as the ADM evaluator defines them."""
-    write_result(args.out or Path(f"{args.samples}.json"), compare(args.samples, args.ref, args))
+    out = result_file(args.out or f"{args.samples}.json")
+    write_result(out, compare(args.samples, args.ref, args))
 
 
 @torch.no_grad()
 def self_check(args):
     """The ImageNet validation images against the reference batch: are this network and these files the right ones?"""
+    out = result_file(args.out or f"{args.val}.self-check.json")
     result = compare(args.val, args.ref, args)
     if launched()[0]:
         return
     for name, (published, tolerance) in SELF_CHECK.items():
         ok = result.get(name) is not None and abs(result[name] - published) <= tolerance
         result[f"{name} is {published}"] = f"{'pass' if ok else 'FAIL'} (within {tolerance})"
-    write_result(args.out or Path(f"{args.val}.self-check.json"), result)
+    write_result(out, result)
     if any(str(value).startswith("FAIL") for value in result.values()):
         raise ValueError("the figures are not the published ones: other images, another crop or other weights")
 
@@ -379,7 +388,9 @@ def recon(args):
     """rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer on held-out images."""
     device, (rank, world) = pick_device(args.device), launched()
     args.size = as_size(args.size)
+    make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
+    check_size(args.size, vq.config.factor)
     images = load_images(args.data, args.split, args.size)
     network = lpips = None
     missing = {}
@@ -389,7 +400,6 @@ def recon(args):
         except FileNotFoundError as error:
             missing[name] = f"not measured: {error}"
     lpips = lpips and lpips.to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
@@ -457,11 +467,12 @@ def reconstruction_psnr(images, reconstructions):
 def show_codes(args):
     """A random page of stored codes, decoded, and how often each code occurs."""
     device, codes = pick_device(args.device), CodeFile(args.codes)
+    make_folder(args.out)
     path = args.vq or Path(codes.meta["tokenizer"])
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
-    codes.check(tokenizer_sha256=file_sha256(path))
     vq = VQModel.from_pretrained(path).to(device)
+    codes.check(tokenizer_sha256=file_sha256(path))
     counts = torch.zeros(codes.codebook_size, dtype=torch.long)
     for start in tqdm(range(0, len(codes), 4096), desc="codes", unit="batch"):
         part = torch.from_numpy(codes.codes[start : start + 4096].astype(np.int64))
@@ -471,7 +482,6 @@ def show_codes(args):
     views = generator.integers(codes.codes.shape[1], size=len(pick))
     tokens = torch.from_numpy(codes.codes[pick, views].astype(np.int64)).view(-1, *codes.grid).to(device)
     images = np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(16)])
-    args.out.mkdir(parents=True, exist_ok=True)
     save_grid(args.out / "codes.png", images, 8, codes.names(pick), notice=codes.meta["notice"])
     usage, perplexity = map(float, usage_and_perplexity(counts))
     most = counts.topk(min(5, len(counts)))
@@ -486,6 +496,7 @@ def show_codes(args):
 def likelihood(args):
     """Teacher-forced loss of a GPT on stored codes: what they cost it, overall and per class."""
     device, codes, (rank, world) = pick_device(args.device), CodeFile(args.codes), launched()
+    out = result_file(args.out or f"{args.gpt}.likelihood.json")
     gpt = GPT.from_pretrained(args.gpt, grid=codes.grid).to(device)
     kind = {"t5": "text"}.get(codes.captions.kind, "tokens") if codes.captions else "class"
     if (gpt.config.vocab_size, gpt.config.cond) != (codes.codebook_size, kind):
@@ -515,7 +526,7 @@ def likelihood(args):
     result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(total), nats_per_token=nats,
                   standard_error=error, bits_per_token=nats / math.log(2), perplexity=math.exp(nats), top_1=right,
                   uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)  # fmt: skip
-    write_result(args.out or Path(f"{args.gpt}.likelihood.json"), result)
+    write_result(out, result)
 
 
 def options():

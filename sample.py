@@ -36,6 +36,8 @@ from common import (
     cli,
     evaluating,
     launched,
+    make_folder,
+    nearest,
     pick_device,
     pick_dtype,
     read_file,
@@ -316,7 +318,8 @@ def parse_classes(text, class_names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
-            raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}")
+            hint = nearest(word, class_names)
+            raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}{hint}")
     return labels
 
 
@@ -416,21 +419,23 @@ def choose_images(args, kinds, shuffle):
     """Which of the classes or prompts each image shows, int64 [n]: in turn, or shuffled, and how many go in a row."""
     asked = args.classes or args.text or args.text_file
     n = args.n if args.n is not None else kinds if asked else min(8 * kinds, 80)
-    if min(n, args.batch_size, *(1 if x is None else x for x in (args.columns, args.size))) < 1:
-        raise ValueError("--n, --batch-size, --columns and --size have to be above 0")
     if shuffle:  # balanced as well as n allows, and whatever part of the file is read
-        return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), args.columns or min(n, 8)
+        return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), min(args.columns or 8, n)
     each = n // kinds
     columns = each if n % kinds == 0 and 1 < each <= 16 else min(n, 8)
-    return np.arange(n) * kinds // max(n, kinds), args.columns or columns
+    return np.arange(n) * kinds // max(n, kinds), min(args.columns or columns, n)
 
 
 def check_outputs(args, folder):
-    """ValueError where a finished result would be overwritten."""
+    """ValueError where a finished result would be overwritten, OSError where nothing can be written."""
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {args.out} is no name of a picture: .png, .jpg or .webp")
     if args.npz and args.npz.exists():
         raise ValueError(f"{args.npz} is there already: remove it to sample anew")
-    if args.folder and args.folder.exists() and any(args.folder.iterdir()) and not folder.exists():
+    if args.folder and args.folder.is_dir() and any(args.folder.iterdir()) and not folder.exists():
         raise ValueError(f"{args.folder} is not empty: remove it to sample anew")
+    for path in filter(None, (args.folder, args.out.parent, args.npz and args.npz.parent)):
+        make_folder(path)
 
 
 def main():
@@ -463,8 +468,6 @@ def main():
         of = hashlib.sha256(json.dumps(kinds).encode()).hexdigest()  # classes or prompts, one after the other
         what = dict(n=len(which), of=of, shuffled=shuffle, grid=gpt.config.grid, dtype=dtype, t5=str(args.t5))
         parts.open(settings | files | what)
-        if args.folder:
-            args.folder.mkdir(parents=True, exist_ok=True)
     if processes > 1:
         dist.barrier()
 

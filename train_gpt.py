@@ -98,8 +98,9 @@ def open_tokenizer(args, codes, device):
     path = args.vq or Path(codes.meta["tokenizer"])
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
+    vq = VQModel.from_pretrained(path)
     codes.check(tokenizer_sha256=file_sha256(path))
-    return VQModel.from_pretrained(path).to(device)
+    return vq.to(device)
 
 
 @torch.no_grad()

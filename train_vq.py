@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 import training
-from data import BAD_SHARE, BAD_SHARE_HELP, DATA_HELP, as_size, eval_batches, image_batches, load_images
+from data import BAD_SHARE, BAD_SHARE_HELP, DATA_HELP, as_size, check_size, eval_batches, image_batches, load_images
 from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
@@ -71,7 +71,7 @@ def build_model(args):
     """The preset, or the file of --init with the options that no shape depends on."""
     how = dict(beta=args.beta, entropy_weight=args.entropy_weight, dropout=args.model_dropout)
     how["usage_window"] = args.usage_window
-    sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v}
+    sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v is not None}
     if not args.init:
         return VQModel(VQConfig(**PRESETS[args.preset or "vq16"] | sizes | how))
     if sizes or args.preset:
@@ -128,7 +128,9 @@ def train(args, device, rank, world, asked):
     train_set.flip = train_set.flip and args.flip
     lpips = LPIPS().to(device) if args.perceptual_weight else None
 
-    model = build_model(args).to(device, memory_format=torch.channels_last).train()
+    model = build_model(args)
+    check_size(args.size, model.config.factor)
+    model = model.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimizers = training.make_optimizers(model, args)
     disc = PatchGAN().to(device) if args.disc_weight else None

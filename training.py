@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import DEVICE_HELP, launched, pick_device, read_file, save_file
+from common import DEVICE_HELP, launched, make_folder, pick_device, read_file, save_file
 
 log = logging.getLogger(__name__)
 
@@ -405,7 +405,7 @@ class RunLog:
         self.writes = launched()[0] == 0  # the first process alone
         if not self.writes:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         self.path, self.whole = self.out / "log.jsonl", True
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
         old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
