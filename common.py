@@ -71,7 +71,8 @@ class Parser(argparse.ArgumentParser):
 
     def check_number(self, name, x):
         """What no number of any script may be; their own checks say more."""
-        low, high = -math.inf if name in SIGNED else 0, 1 if name in SHARES else math.inf if isinstance(x, float) else 2**63
+        low = -math.inf if name in SIGNED else 0
+        high = 1 if name in SHARES else math.inf if isinstance(x, float) else 2**63
         if name in POSITIVE and x == 0:
             self.error(f"--{name.replace('_', '-')} has to be above 0, not 0")
         if not (low <= x <= high and math.isfinite(x)) and (name, x) != ("max_minutes", math.inf):
@@ -82,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
             name = action.option_strings[0] if action.option_strings else "the command"
-            hint = nearest(str(value), choices) or f": it is one of {', '.join(choices)}"
+            hint = isinstance(value, str) and nearest(value, choices) or f": it is one of {', '.join(choices)}"
             self.error(f"{name} cannot be {value}{hint}")
 
     def error(self, message):
@@ -238,15 +239,16 @@ def read_file(path):
             size = f"about {millions * 4 / 1000:.2g} GB"  # 4 bytes a parameter
             raise FileNotFoundError(f"{path} is not there: LlamaGen's file, {size}, is at {where} (--hub fetches it)")
         raise FileNotFoundError(f"{path}: no such file")
+    zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen pickles its options along
-            zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds for a broken file
         with open(path, "rb") as file:
-            short = file.read(2) in (b"PK", b"") and not zipfile.is_zipfile(path)
+            short = file.read(2) in (b"PK", b"") and not zipped
         reason = (str(error).strip().splitlines() or [""])[0]
-        reason = reason if " " in reason else "torch.save wrote no such file"
+        if "Weights only" in reason or " " not in reason:  # torch's advice is to execute what is in the file
+            reason = "it holds more than weights and plain values" if zipped else "torch.save wrote no such file"
         raise ValueError(f"{path}: not a readable checkpoint ({'cut short' if short else reason[:120]})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")

@@ -147,7 +147,7 @@ class Rejects:
     def check(self, total):
         """ValueError if more than the share of `total` was left out, or everything."""
         if not total:
-            raise ValueError(f"{self.source} holds no captioned images: it has no line")
+            raise ValueError(f"{self.source}: it has no line, so no captioned images")
         if self.n > 10:
             log.warning("left out: %d in all of %d", self.n, total)
         if self.n > self.share * total or self.n == total:
