@@ -1,8 +1,11 @@
-"""What every script needs: devices, errors, reading and writing checkpoints, pictures."""
+"""What every script needs: options, errors, devices, reading and writing checkpoints, pictures."""
 
 import argparse
+import difflib
+import errno
 import math
 import os
+import re
 import sys
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -13,15 +16,163 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Usage with the required options only; each default after its help."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(usage, [a for a in actions if a.required or not a.option_strings], (), prefix)
+
+    def _get_help_string(self, action):
+        default = action.default
+        silent = default is None or default is False or default in (math.inf, argparse.SUPPRESS, [])
+        if silent or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+SIGNED = {"cfg_scale", "sample_cfg_scale", "cfg_stop"}  # options that may be below 0
+POSITIVE = {"batch_size", "code_dim", "codebook_size", "columns", "micro_batch_size", "n", "n_random", "size",
+            "text_vocab", "usage_window"}  # that cannot be 0
+SHARES = {"bad_share", "dropout", "cond_dropout", "model_dropout", "beta1", "beta2"}  # that cannot be above 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as every script has it: names in full, and for a wrong one the nearest right one.
+
+    What is wrong is a ValueError, for cli(). `description` is the script's docstring, whose example --help shows. With
+    --hub, published files that are not there are fetched.
+    """
+
+    def __init__(self, description, **more):
+        more = dict(formatter_class=Help, allow_abbrev=False) | more  # torchrun would abbreviate, too
+        super().__init__(description=description, **more)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in args[:1] if self._subparsers else args:  # before argparse misses what was meant
+            name = re.fullmatch(r"(--?[A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
+            if name and name[1] not in known:
+                hint = ": the command comes first" if self._subparsers else nearest(name[1], known)
+                self.error(f"no option {name[1]}{hint}")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for name, value in vars(args).items():
+            for x in value if isinstance(value, list) else [value]:
+                if isinstance(x, int | float):
+                    self.check_number(name, x)
+        if "hub" in args and args.hub:
+            for name in ("vq", "gpt", "init"):
+                if getattr(args, name, None):
+                    setattr(args, name, fetch(getattr(args, name)))
+        return args
+
+    def check_number(self, name, x):
+        """What no number of any script may be; their own checks say more."""
+        low = -math.inf if name in SIGNED else 0
+        high = 1 if name in SHARES else math.inf if isinstance(x, float) else 2**63
+        if name in POSITIVE and x == 0:
+            self.error(f"--{name.replace('_', '-')} has to be above 0, not 0")
+        if not (low <= x <= high and math.isfinite(x)) and (name, x) != ("max_minutes", math.inf):
+            why = f"{x}" if not math.isfinite(x) else f"{'below 0' if x < low else f'above {high}'}, and is {x}"
+            self.error(f"--{name.replace('_', '-')} cannot be {why}")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            name = action.option_strings[0] if action.option_strings else "the command"
+            hint = isinstance(value, str) and nearest(value, choices) or f": it is one of {', '.join(choices)}"
+            self.error(f"{name} cannot be {value}{hint}")
+
+    def error(self, message):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def add_command(commands, name, run, doc):
+    """A subcommand of Parser.add_subparsers() that calls run(args); its example is the line of `doc` that has one."""
+    example = next(line for line in doc.splitlines() if f".py {name} " in line)
+    parser = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def nearest(word, words):
+    """": did you mean ...?" with the nearest of `words`, or "" where none is near."""
+    near = difflib.get_close_matches(word, words, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("NANOLLAMAGEN_TRACE"):
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        reason = f"out of memory: {str(error).splitlines()[0]}" if memory else error
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
+
+
+def make_folder(path):
+    """`path` as a folder that can be written to; OSError, before any work is done, where it cannot be one."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+    except OSError as error:
+        raise OSError(f"{path} cannot be a folder to write to ({error.strerror.lower()})") from None
+    return path
+
+
+# LlamaGen's files on the Hugging Face hub, and their parameters in millions.
+PUBLISHED = {
+    "FoundationVision/LlamaGen": {
+        "vq_ds16_c2i.pt": 71.9, "vq_ds8_c2i.pt": 70.1, "c2i_B_256.pt": 110.9, "c2i_B_384.pt": 110.9,
+        "c2i_L_256.pt": 342.9, "c2i_L_384.pt": 342.9, "c2i_XL_384.pt": 774.7, "c2i_XXL_384.pt": 1411,
+        "c2i_3B_384.pt": 3097,
+    },
+    "peizesun/llamagen_t2i": {"vq_ds16_t2i.pt": 71.9, "t2i_XL_stage1_256.pt": 777.7, "t2i_XL_stage2_512.pt": 777.7},
+}  # fmt: skip
+DEVICE_HELP = "auto, cpu, cuda, cuda:1; auto is a GPU where there is one"
+HUB_HELP = "fetch LlamaGen's files that are not there from the Hugging Face hub, by name (c2i_B_256.pt)"
+
+
+def published(path):
+    """(repository, parameters in millions) of a file that LlamaGen published under this name, or None."""
+    name = Path(path).name
+    return next(((repo, files[name]) for repo, files in PUBLISHED.items() if name in files), None)
+
+
+def fetch(path):
+    """`path`, or, where nothing is there, the published file of that name in huggingface_hub's cache, fetched if need
+    be.
+
+    Raises FileNotFoundError for a name that was not published, ImportError without huggingface_hub, OSError where the
+    hub cannot be reached.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    if not published(path):
+        names = [name for files in PUBLISHED.values() for name in files]
+        raise FileNotFoundError(f"{path}: no such file, and none that --hub knows{nearest(path.name, names)}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError("--hub needs the huggingface_hub package: pip install huggingface_hub") from None
+    repo, _ = published(path)
+    try:
+        return Path(hf_hub_download(repo, path.name))
+    except Exception as error:  # its own, requests' or httpx's, by version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{path.name} could not be fetched from {repo}: {reason}") from None
 
 
 def pick_device(name):
@@ -30,9 +181,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        torch.empty(0, device=device).tolist()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}") from None
     return device
 
 
@@ -82,15 +234,26 @@ def read_file(path):
     Raises FileNotFoundError, or Unreadable with the file's name where it is no readable checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
+        if found := published(path):
+            repo, millions = found
+            where = f"https://huggingface.co/{repo}/resolve/main/{path.name}"
+            size = f"about {millions * 4 / 1000:.2g} GB"  # 4 bytes a parameter
+            raise FileNotFoundError(f"{path} is not there: LlamaGen's file, {size}, is at {where} (--hub fetches it)")
         raise FileNotFoundError(f"{path}: no such file")
+    zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen pickles its options along
-            zipped = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load raises a dozen kinds for a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Unreadable(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+        with open(path, "rb") as file:
+            short = file.read(2) in (b"PK", b"") and not zipped
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "Weights only" in reason or " " not in reason:  # torch's advice is to execute what is in the file
+            reason = "it holds more than weights and plain values" if zipped else "torch.save wrote no such file"
+        raise Unreadable(f"{path}: not a readable checkpoint ({'cut short' if short else reason[:120]})") from None
     if not isinstance(content, dict):
         raise Unreadable(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -112,6 +275,16 @@ def read_weights(path):
     return weights, content.get("config")
 
 
+KINDS = {"an image tokenizer": "quantize.embedding.weight", "a GPT": "tok_embeddings.weight"}  # and what tells them
+
+
+def check_kind(weights, path, want):
+    """ValueError where a state dict is not that of `want`, one of KINDS."""
+    if KINDS[want] not in weights:
+        other = next((kind for kind, name in KINDS.items() if name in weights), None)
+        raise ValueError(f"{path}: not {want} " + (f"but {other}" if other else f"(it holds no {KINDS[want]})"))
+
+
 def make_config(cls, fields, path):
     """cls(**fields), the config that a checkpoint holds; ValueError for fields that this version does not know."""
     try:
@@ -123,7 +296,7 @@ def make_config(cls, fields, path):
 def load_weights(model, weights, path):
     """Strict: ValueError naming what is missing, unexpected or misshapen. Assigns, so `model` may be on meta."""
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in weights.items()}
+    have = {k: tuple(v.shape) for k, v in weights.items() if isinstance(v, torch.Tensor)}
     wrong = [f"missing {k}" for k in want if k not in have]
     wrong += [f"unexpected {k}" for k in have if k not in want]
     wrong += [f"{k} is {list(have[k])}, expected {list(want[k])}" for k in want if k in have and want[k] != have[k]]

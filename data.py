@@ -18,13 +18,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import builtin_sets
 from builtin_sets import split_indices
-from common import launched, whole_characters
+from common import launched, nearest, whole_characters
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
 LONGEST = 32  # crops that a picture may be long
+BAD_SHARE_HELP = "share of images that may have no usable pixels or caption before the run stops"
 log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,8 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
 def _list(folder):
     """Paths of images, and of folders. What has an image's name counts as one, be it a folder or a dangling link."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: data is {DATA_HELP}")
+        what = "not a folder" if folder.exists() else "not there"
+        raise FileNotFoundError(f"{folder} is {what}{nearest(str(folder), BUILT_IN) or f': data is {DATA_HELP}'}")
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     images, folders = [], []
@@ -153,11 +155,13 @@ class Rejects:
 
     def check(self, total):
         """ValueError if more than the share of `total` was left out, or everything."""
+        if not total:
+            raise ValueError(f"{self.source}: it has no line, so no captioned images")
         if self.n:
             log.log(logging.WARNING if self.n > 10 else logging.INFO, "left out: %d in all of %d", self.n, total)
         if self.n > self.share * total or self.n == total:
-            bad = f"{self.n} of {total} ({self.n / max(total, 1):.1%}) have no usable caption or image"
-            raise ValueError(f"{self.source}: {bad}, the first is {self.first or 'nothing at all'}")
+            bad = f"{self.n} of {total} ({self.n / total:.1%}) have no usable caption or image"
+            raise ValueError(f"{self.source}: {bad}, the first is {self.first}")
 
 
 def clean_texts(texts):
@@ -230,9 +234,15 @@ def open_image(path):
 
 def as_size(numbers):
     """[256] -> 256, [32, 64] -> (32, 64), of --size; ValueError for others."""
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise ValueError(f"--size takes one or two numbers above 0 (height, width), not {numbers}")
+    if len(numbers) not in (1, 2) or min(numbers) < 1 or max(numbers) > 8192:
+        raise ValueError(f"--size takes one or two numbers (height, width) from 1 to 8192, not {numbers}")
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def check_size(size, factor):
+    """ValueError where a tokenizer with `factor` pixels per code cannot take images of this size."""
+    if any(side % factor for side in _pair(size)):
+        raise ValueError(f"--size {size} is no multiple of {factor}, the tokenizer's pixels per code")
 
 
 def _pair(size):

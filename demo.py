@@ -6,7 +6,6 @@
 Each writes report.json and samples.png.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from sklearn.svm import SVC
 
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
-from common import cli, pick_device, save_grid, to_uint8
+from common import DEVICE_HELP, Parser, add_command, cli, make_folder, pick_device, save_grid, to_uint8
 from data import center_crop, load_images, to_tensor
 from encode import CodeFile
 from evaluate import reconstruct, reconstruction_psnr
@@ -84,8 +83,8 @@ def stages(args, start):
 
 def digits(args):
     """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in painted digits."""
-    start = time.perf_counter()
-    device = pick_device(args.device)
+    start, device = time.perf_counter(), pick_device(args.device)
+    make_folder(args.out)
     vq, gpt, _ = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
     train_set, val_set = (load_images("digits", split, 32) for split in ("train", "val"))
@@ -190,6 +189,7 @@ def halves(codes):
 def text(args):
     """The report of `make demo-text`: how often pictures show what their captions say, for captions never seen, too."""
     start, device = time.perf_counter(), pick_device(args.device)
+    make_folder(args.out)
     vq, gpt, codes_meta = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
     if codes.meta["data"] != "digits-text":
@@ -255,17 +255,16 @@ def print_text(report, args):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True)
     for run in (digits, text):
-        p = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        p = add_command(commands, run.__name__, run, __doc__)
         p.add_argument("--vq", type=Path, required=True, help="tokenizer, in the folder that train_vq.py made")
         p.add_argument("--gpt", type=Path, required=True, help="GPT, in the folder that train_gpt.py made")
         p.add_argument("--codes", type=Path, required=True, help="folder that encode.py made")
         p.add_argument("--out", type=Path, required=True, help="folder for report.json and samples.png")
         p.add_argument("--seed", type=int, default=0, help="of what is reported")
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-        p.set_defaults(run=run)
+        p.add_argument("--device", default="auto", help=DEVICE_HELP)
     p = commands.choices["digits"]
     p.add_argument("--n", type=int, default=500, help="digits to paint, classes in turn")
     p.add_argument("--choose-seed", type=int, default=1, help="of the digits on which the sampling settings are chosen")

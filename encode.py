@@ -19,14 +19,16 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
-from common import autocast, cli, pick_device
+from common import DEVICE_HELP, HUB_HELP, Parser, autocast, cli, make_folder, pick_device
 from data import (
     BAD_SHARE,
+    BAD_SHARE_HELP,
     DATA_HELP,
     as_size,
     center_crop,
     check_batch,
     check_images,
+    check_size,
     endless_positions,
     eval_batches,
     load_images,
@@ -242,20 +244,23 @@ class CodeFile:
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
-    parser.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the code files")
-    parser.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
+    parser = Parser(__doc__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
+    what.add_argument("--hub", action="store_true", help=HUB_HELP)
+    what.add_argument("--data", required=True, help=DATA_HELP)
+    what.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
+    what.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
+    what.add_argument("--out", type=Path, required=True, help="folder for the code files")
+    what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
-    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05], help="of ten: out of SCALE * SIZE")
-    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in training")
+    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05],
+                       help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE")
+    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in train_vq.py")
     crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, never with --text")
     text = parser.add_argument_group("captions")
-    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="stored beside the codes, as")
+    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="captions, stored as")
     text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
     text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
     text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
@@ -266,8 +271,9 @@ def options():
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
     run.add_argument("--check-data", action="store_true", help="read all images and captions, say what is there, end")
     run.add_argument("--seed", type=int, default=0, help="of random crops")
-    run.add_argument("--device", default="auto")
-    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 moves some codes")
+    run.add_argument("--device", default="auto", help=DEVICE_HELP)
+    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                     help="of the encoder; bfloat16 moves some codes")
     return parser.parse_args()
 
 
@@ -333,16 +339,16 @@ def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
 def main():
     args = options()
     size = as_size(args.size)
-    if min(args.batch_size, args.n_random) < 1 or args.text_length < 2:
-        raise ValueError("--batch-size and --n-random have to be above 0, --text-length above 1")
-    if not 0 <= args.bad_share < 1:
-        raise ValueError(f"--bad-share {args.bad_share} is not in [0, 1)")
-    if min(args.crop_scales) < 1:
-        raise ValueError(f"--crop-scales have to be 1 or more, not {args.crop_scales}")
+    if args.text_length < 2 or args.n_random > 1000:
+        raise ValueError("--text-length has to be above 1, --n-random at most 1000")
+    if not all(1 <= scale <= 10 for scale in args.crop_scales):
+        raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
     if args.check_data:
         return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
     device = pick_device(args.device)
     vq = VQModel.from_pretrained(args.vq).to(device)
+    check_size(size, vq.config.factor)
+    make_folder(args.out)
     sha, reader = file_sha256(args.vq), caption_reader(args, device)
     start = time.perf_counter()
     images = {}

@@ -10,7 +10,6 @@ Generation is scored against the reference batch of the ADM evaluator, reconstru
 mixing the two is the usual reason why published figures are not met. Under torchrun the images are split.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -28,8 +27,20 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from common import cli, launched, pick_device, read_file, save_grid, to_uint8
-from data import EXTENSIONS, as_size, eval_batches, load_images, open_image
+from common import (
+    DEVICE_HELP,
+    HUB_HELP,
+    Parser,
+    add_command,
+    cli,
+    launched,
+    make_folder,
+    pick_device,
+    read_file,
+    save_grid,
+    to_uint8,
+)
+from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
 from encode import CodeFile, file_sha256
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
@@ -305,11 +316,17 @@ def load_inception(path, device):
     return network
 
 
+def result_file(path):
+    """The path of a JSON file that can be written; OSError, before any work is done, where it cannot."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not the name of a JSON file")
+    return make_folder(Path(path).parent) / Path(path).name
+
+
 def write_result(path, result, hide=()):
     """One JSON file, whole or not at all, and the same but for `hide` on the screen; the first process alone."""
     if launched()[0]:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1))
     temporary.rename(path)
@@ -347,19 +364,21 @@ def compare(samples, ref, args):
 @torch.no_grad()
 def gen(args):
     """FID, sFID, IS, precision and recall of samples against a reference, as the ADM evaluator defines them."""
-    write_result(args.out or Path(f"{args.samples}.json"), compare(args.samples, args.ref, args))
+    out = result_file(args.out or f"{args.samples}.json")
+    write_result(out, compare(args.samples, args.ref, args))
 
 
 @torch.no_grad()
 def self_check(args):
     """The ImageNet validation images against the reference batch: are this network and these files the right ones?"""
+    out = result_file(args.out or f"{args.val}.self-check.json")
     result = compare(args.val, args.ref, args)
     if launched()[0]:
         return
     for name, (published, tolerance) in SELF_CHECK.items():
         ok = result.get(name) is not None and abs(result[name] - published) <= tolerance
         result[f"{name} is {published}"] = f"{'pass' if ok else 'FAIL'} (within {tolerance})"
-    write_result(args.out or Path(f"{args.val}.self-check.json"), result)
+    write_result(out, result)
     if any(str(value).startswith("FAIL") for value in result.values()):
         raise ValueError("the figures are not the published ones: other images, another crop or other weights")
 
@@ -369,7 +388,9 @@ def recon(args):
     """rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer on held-out images."""
     device, (rank, world) = pick_device(args.device), launched()
     args.size = as_size(args.size)
+    make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
+    check_size(args.size, vq.config.factor)
     images = load_images(args.data, args.split, args.size)
     network = lpips = None
     missing = {}
@@ -379,7 +400,6 @@ def recon(args):
         except FileNotFoundError as error:
             missing[name] = f"not measured: {error}"
     lpips = lpips and lpips.to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
@@ -447,18 +467,18 @@ def reconstruction_psnr(images, reconstructions):
 def show_codes(args):
     """A random page of stored codes, decoded, and how often each code occurs."""
     device, codes = pick_device(args.device), CodeFile(args.codes)
+    make_folder(args.out)
     path = args.vq or Path(codes.meta["tokenizer"])
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
-    codes.check(tokenizer_sha256=file_sha256(path))
     vq = VQModel.from_pretrained(path).to(device)
+    codes.check(tokenizer_sha256=file_sha256(path))
     counts = codes.counts()
     generator = np.random.default_rng(args.seed)
     pick = np.sort(generator.choice(len(codes), min(64, len(codes)), replace=False))
     views = generator.integers(codes.codes.shape[1], size=len(pick))
     tokens = torch.from_numpy(codes.codes[pick, views].astype(np.int64)).view(-1, *codes.grid).to(device)
     images = np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(16)])
-    args.out.mkdir(parents=True, exist_ok=True)
     save_grid(args.out / "codes.png", images, 8, codes.names(pick), notice=codes.meta["notice"])
     usage, perplexity = map(float, usage_and_perplexity(counts))
     most = counts.topk(min(5, len(counts)))
@@ -473,6 +493,7 @@ def show_codes(args):
 def likelihood(args):
     """Teacher-forced loss of a GPT on stored codes: what they cost it, overall and per class."""
     device, codes, (rank, world) = pick_device(args.device), CodeFile(args.codes), launched()
+    out = result_file(args.out or f"{args.gpt}.likelihood.json")
     gpt = GPT.from_pretrained(args.gpt, grid=codes.grid).to(device)
     kind = {"t5": "text"}.get(codes.captions.kind, "tokens") if codes.captions else "class"
     if (gpt.config.vocab_size, gpt.config.cond) != (codes.codebook_size, kind):
@@ -502,49 +523,45 @@ def likelihood(args):
     result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(total), nats_per_token=nats,
                   standard_error=error, bits_per_token=nats / math.log(2), perplexity=math.exp(nats), top_1=right,
                   uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)  # fmt: skip
-    write_result(args.out or Path(f"{args.gpt}.likelihood.json"), result)
+    write_result(out, result)
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = commands.add_parser("recon", help=recon.__doc__, description=recon.__doc__, **about)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True)
+    p = add_command(commands, "recon", recon, __doc__)
     p.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    p.add_argument("--data", required=True, help="as for train_vq.py")
+    p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument("--split", default="val", choices=["val", "train"], help="of the data")
-    p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels of centre crops: side, or height width")
+    p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     p.add_argument("--out", type=Path, required=True, help="folder for recon.json and recon.png")
-    p.set_defaults(run=recon)
-    p = commands.add_parser("gen", help=gen.__doc__, description=gen.__doc__, **about)
+    p = add_command(commands, "gen", gen, __doc__)
     p.add_argument("--samples", type=Path, required=True, help="npz with arr_0, or folder of images")
     p.add_argument("--ref", type=Path, required=True, help="npz with arr_0, or mu and sigma, or both; or folder")
     p.add_argument("--out", type=Path, help="JSON file (default: SAMPLES.json)")
-    p.set_defaults(run=gen)
-    p = commands.add_parser("self-check", help=self_check.__doc__, description=self_check.__doc__, **about)
+    p = add_command(commands, "self-check", self_check, __doc__)
     p.add_argument("--val", type=Path, required=True, help="the 50,000 images at 256 pixels: npz or folder")
     p.add_argument("--ref", type=Path, required=True, help="VIRTUAL_imagenet256_labeled.npz")
     p.add_argument("--out", type=Path, help="JSON file (default: VAL.self-check.json)")
-    p.set_defaults(run=self_check)
     for p in (commands.choices[name] for name in ("gen", "self-check")):
         p.add_argument("--cache", type=Path, help="folder that keeps the features")
     for p in (commands.choices[name] for name in ("recon", "gen", "self-check")):
         p.add_argument("--inception", type=Path, help="weights of the network (default: in torch hub's cache)")
-    p = commands.add_parser("codes", help=show_codes.__doc__, description=show_codes.__doc__, **about)
+    p = add_command(commands, "codes", show_codes, __doc__)
     p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote: FOLDER/train or FOLDER/val")
     p.add_argument("--vq", type=Path, help="the tokenizer (default: the file that the codes name)")
     p.add_argument("--out", type=Path, required=True, help="folder for codes.json and codes.png")
-    p.add_argument("--seed", type=int, default=0, help="of the page")
-    p.set_defaults(run=show_codes)
-    p = commands.add_parser("likelihood", help=likelihood.__doc__, description=likelihood.__doc__, **about)
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images on the page")
+    p = add_command(commands, "likelihood", likelihood, __doc__)
     p.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
     p.add_argument("--codes", type=Path, required=True, help="split that encode.py wrote, held out: FOLDER/val")
     p.add_argument("--out", type=Path, help="JSON file (default: GPT.likelihood.json)")
-    p.set_defaults(run=likelihood)
+    for p in (commands.choices[name] for name in ("recon", "codes", "likelihood")):
+        p.add_argument("--hub", action="store_true", help=HUB_HELP)
     for p in (commands.choices[name] for name in ("recon", "likelihood")):
         p.add_argument("--batch-size", type=int, default=32, help="images at a time, per process")
     for p in commands.choices.values():
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+        p.add_argument("--device", default="auto", help=DEVICE_HELP)
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import load_weights, make_config, read_weights
+from common import check_kind, load_weights, make_config, read_weights
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, dim=128, ffn_dim=384),
@@ -470,8 +470,7 @@ class GPT(nn.Module):
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
-        if "tok_embeddings.weight" not in weights:
-            raise ValueError(f"{path}: not a GPT (it holds no tok_embeddings.weight)")
+        check_kind(weights, path, "a GPT")
         if config is None and grid is None:
             raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384")
         config = make_config(GPTConfig, config, path) if config else infer_config(weights, path)
@@ -510,9 +509,21 @@ def infer_config(weights, path):
 
 
 if __name__ == "__main__":
-    print(f"{'preset':8}{'layers':>8}{'dim':>6}{'heads':>7}{'head dim':>10}{'FFN':>7}{'parameters':>13}")
+    columns = "layers", "dim", "heads", "parameters", "TFLOP to train", "to sample", "GiB to train", "to sample"
+    print("preset" + "".join(f"{name:>{8 if i < 3 else 16}}" for i, name in enumerate(columns)))
     for preset, sizes in PRESETS.items():
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**sizes))
-        c, n = model.config, sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{preset:8}{c.n_layer:>8}{c.dim:>6}{c.n_head:>7}{c.head_dim:>10}{c.ffn_dim:>7}{n:>12.1f}M")
+        flops, gib = [], []
+        for side in (16, 24):
+            with torch.device("meta"):
+                model = GPT(GPTConfig(**sizes, grid=(side, side)))
+            c, n, cache = model.config, sum(p.numel() for p in model.parameters()), model.new_cache(16)
+            flops.append(model.flops_per_image() / 1e12)
+            gib.append(2 * (n + cache.k.numel() + cache.v.numel()) / 2**30)
+        row = f"{n / 1e6:.1f}M", *("{:.2f} / {:.2f}".format(*(part * x for x in flops)) for part in (1, 2 / 3))
+        row += f"{16 * n / 2**30:.1f}", "{:.1f} / {:.1f}".format(*gib)
+        print(f"{preset:6}{c.n_layer:8}{c.dim:8}{c.n_head:8}" + "".join(f"{cell:>16}" for cell in row))
+    print("""
+Pairs: 256 / 384 pixels, which are 256 / 576 codes of VQ-16. TFLOP per image, 2 per multiply-add: training is a forward
+and a backward pass, sampling a forward pass of two rows, with and without condition. GiB to train: weights, gradients
+and AdamW's two moments in float32, without activations; to sample: weights and KV cache of 16 rows (8 images with
+guidance) in bfloat16, without the tokenizer.""")

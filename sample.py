@@ -8,7 +8,6 @@
         --n 50000 --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -30,7 +29,22 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
-from common import cli, evaluating, launched, pick_device, pick_dtype, read_file, save_grid, to_uint8, whole_characters
+from common import (
+    DEVICE_HELP,
+    HUB_HELP,
+    Parser,
+    cli,
+    evaluating,
+    launched,
+    make_folder,
+    nearest,
+    pick_device,
+    pick_dtype,
+    read_file,
+    save_grid,
+    to_uint8,
+    whole_characters,
+)
 from encode import file_sha256
 from gpt import GPT
 from t5 import clean_caption
@@ -304,7 +318,8 @@ def parse_classes(text, class_names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
-            raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}")
+            hint = nearest(word, class_names)
+            raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}{hint}")
     return labels
 
 
@@ -316,10 +331,11 @@ def parse_grid(text):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_argument_group("what")
     what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
     what.add_argument("--gpt", type=Path, required=True, help="GPT, ours or LlamaGen's")
+    what.add_argument("--hub", action="store_true", help=HUB_HELP)
     what.add_argument("--grid", help="ROWSxCOLUMNS of codes, for LlamaGen's files: 16x16 at 256 pixels, 24x24 at 384")
     what.add_argument("--classes", help="numbers or names, by commas (default: all in turn)")
     what.add_argument("--text", action="append", default=[], help="a prompt; once for each (\"\": no text)")
@@ -329,13 +345,13 @@ def options():
     how = parser.add_argument_group("how")
     how.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (1: none)")
     how.add_argument("--cfg-stop", type=int, default=-1, help="codes that are guided (-1: all)")
-    how.add_argument("--temperature", type=float, default=1.0)
+    how.add_argument("--temperature", type=float, default=1.0, help="of the codes' distribution")
     how.add_argument("--top-k", type=int, default=0, help="codes kept (0: all)")
-    how.add_argument("--top-p", type=float, default=1.0, help="mass kept, after top-k")
+    how.add_argument("--top-p", type=float, default=1.0, help="probability mass kept, after top-k (1: all)")
     how.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=int, default=0, help="of the images; image i depends on it and on i alone")
     how.add_argument("--batch-size", type=int, default=64, help="images at a time, per process")
-    how.add_argument("--device", default="auto")
+    how.add_argument("--device", default="auto", help=DEVICE_HELP)
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     how.add_argument("--dtype", default="auto", choices=dtypes, help="of the GPT's weights (auto: bfloat16 on a GPU)")
     out = parser.add_argument_group("output")
@@ -343,7 +359,7 @@ def options():
     out.add_argument("--columns", type=int, help="images per row of the grid (default: one row per class, or 8)")
     out.add_argument("--npz", type=Path, help="arr_0: images, uint8 NHWC; arr_1: classes (shuffled) or prompt numbers")
     out.add_argument("--folder", type=Path, help="one PNG per image")
-    out.add_argument("--size", type=int, help="resize to this many pixels (published 384-pixel samples: 256)")
+    out.add_argument("--size", type=int, help="resize to this many pixels a side (default: none; LlamaGen's 384: 256)")
     return parser.parse_args()
 
 
@@ -403,21 +419,23 @@ def choose_images(args, kinds, shuffle):
     """Which of the classes or prompts each image shows, int64 [n]: in turn, or shuffled, and how many go in a row."""
     asked = args.classes or args.text or args.text_file
     n = args.n if args.n is not None else kinds if asked else min(8 * kinds, 80)
-    if min(n, args.batch_size, *(1 if x is None else x for x in (args.columns, args.size))) < 1:
-        raise ValueError("--n, --batch-size, --columns and --size have to be above 0")
     if shuffle:  # balanced as well as n allows, and whatever part of the file is read
-        return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), args.columns or min(n, 8)
+        return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), min(args.columns or 8, n)
     each = n // kinds
     columns = each if n % kinds == 0 and 1 < each <= 16 else min(n, 8)
-    return np.arange(n) * kinds // max(n, kinds), args.columns or columns
+    return np.arange(n) * kinds // max(n, kinds), min(args.columns or columns, n)
 
 
 def check_outputs(args, folder):
-    """ValueError where a finished result would be overwritten."""
+    """ValueError where a finished result would be overwritten, OSError where nothing can be written."""
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {args.out} is no name of a picture: .png, .jpg or .webp")
     if args.npz and args.npz.exists():
         raise ValueError(f"{args.npz} is there already: remove it to sample anew")
-    if args.folder and args.folder.exists() and any(args.folder.iterdir()) and not folder.exists():
+    if args.folder and args.folder.is_dir() and any(args.folder.iterdir()) and not folder.exists():
         raise ValueError(f"{args.folder} is not empty: remove it to sample anew")
+    for path in filter(None, (args.folder, args.out.parent, args.npz and args.npz.parent)):
+        make_folder(path)
 
 
 def main():
@@ -450,8 +468,6 @@ def main():
         of = hashlib.sha256(json.dumps(kinds).encode()).hexdigest()  # classes or prompts, one after the other
         what = dict(n=len(which), of=of, shuffled=shuffle, grid=gpt.config.grid, dtype=dtype, t5=str(args.t5))
         parts.open(settings | files | what)
-        if args.folder:
-            args.folder.mkdir(parents=True, exist_ok=True)
     if processes > 1:
         dist.barrier()
 

@@ -29,7 +29,7 @@ SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # i
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--codes", type=Path, required=True, help="folder that encode.py wrote, with train/ and val/")
     data.add_argument("--vq", type=Path, help="the tokenizer, for pictures (default: the file that the codes name)")
@@ -38,22 +38,24 @@ def options():
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: B")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
-    model.add_argument("--cond-rope", choices=["identity", "zero"], help="default: identity; zero as LlamaGen")
+    model.add_argument("--hub", action="store_true", help=common.HUB_HELP)
+    model.add_argument("--cond-rope", choices=["identity", "zero"],
+                       help="rotation of condition tokens (default: identity; LlamaGen: zero)")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
-    model.add_argument("--dropout", type=float, default=0.1, help="of token embeddings, attention and FFN outputs")
-    model.add_argument("--cond-dropout", type=float, default=0.1, help="share trained without condition, for guidance")
+    model.add_argument("--dropout", type=float, default=0.1, help="share of embeddings, attention and FFN outputs")
+    model.add_argument("--cond-dropout", type=float, default=0.1, help="share of images without it, for guidance")
     model.add_argument("--code-features", action=argparse.BooleanOptionalAction, default=False,
                        help="let it know what codes look like: their vectors in the tokenizer")
-    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="of the caption's own tokens")
+    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="weight of the loss of caption tokens")
     look = parser.add_argument_group("pictures")
-    look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
+    look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids (1: none)")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
     opt = training.add_training_options(parser, max_steps=1_500_000, batch_size=256)
     opt.add_argument("--fsdp", action="store_true",
                      help="shard model, gradients and optimizer over torchrun's processes: for XXL and 3B")
     opt.add_argument("--activation-checkpointing", action="store_true",
                      help="compute blocks again in the backward pass: a third more work, a fraction of the memory")
-    opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the blocks' matrices")
+    opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: of the blocks' matrices")
     return parser.parse_args()
 
 
@@ -110,8 +112,9 @@ def open_tokenizer(args, codes, device):
     path = args.vq or Path(codes.meta["tokenizer"])
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
+    vq = VQModel.from_pretrained(path)
     codes.check(tokenizer_sha256=file_sha256(path))
-    return VQModel.from_pretrained(path).to(device)
+    return vq.to(device)
 
 
 @torch.no_grad()

@@ -18,7 +18,17 @@ import checkpoints
 import common
 import distributed
 import training
-from data import BAD_SHARE, DATA_HELP, as_size, check_images, eval_batches, image_batches, load_images
+from data import (
+    BAD_SHARE,
+    BAD_SHARE_HELP,
+    DATA_HELP,
+    as_size,
+    check_images,
+    check_size,
+    eval_batches,
+    image_batches,
+    load_images,
+)
 from evaluate import reconstruction_psnr
 from losses import (
     LPIPS,
@@ -35,36 +45,37 @@ ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_sat
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help=DATA_HELP)
-    data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed share of DATA)")
+    data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
     data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
-    data.add_argument("--bad-share", type=float, default=BAD_SHARE, help="of images without usable pixels or caption")
+    data.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
     data.add_argument("--check-data", action="store_true", help="read every image, say what is there, and end")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: vq16")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
+    model.add_argument("--hub", action="store_true", help=common.HUB_HELP)
     model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
     model.add_argument("--code-dim", type=int, help="channels of a code (default: the preset's)")
-    model.add_argument("--model-dropout", type=float, default=0.0, help="in the residual blocks")
+    model.add_argument("--model-dropout", type=float, default=0.0, help="share of channels dropped in residual blocks")
     book = parser.add_argument_group("codebook")
     book.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss within the codebook's")
-    book.add_argument("--codebook-weight", type=float, default=1.0, help="of codebook, commitment and entropy loss")
-    book.add_argument("--entropy-weight", type=float, default=0.0, help="0: not computed")
+    book.add_argument("--codebook-weight", type=float, default=1.0, help="weight of these losses and the entropy's")
+    book.add_argument("--entropy-weight", type=float, default=0.0, help="weight of the entropy loss (0: not computed)")
     book.add_argument("--kmeans-step", type=int, default=0, help="step at which k-means sets the codes (0: never)")
     book.add_argument("--restart-every", type=int, default=0, help="steps between moves of unused codes (0: never)")
     book.add_argument("--usage-window", type=int, default=65536, help="positions of a process over which codes count")
     loss = parser.add_argument_group("losses")
-    loss.add_argument("--perceptual-weight", type=float, default=1.0, help="LPIPS with VGG16 (0: none, no download)")
-    loss.add_argument("--disc-weight", type=float, default=0.5, help="adversarial loss (0: no discriminator)")
+    loss.add_argument("--perceptual-weight", type=float, default=1.0, help="weight of LPIPS (0: none, no VGG16 needed)")
+    loss.add_argument("--disc-weight", type=float, default=0.5, help="weight of the adversarial loss (0: no critic)")
     loss.add_argument("--disc-start", type=int, default=20000, help="step at which the tokenizer begins to feel it")
     loss.add_argument("--disc-warmup", type=int, default=1000, help="steps before that: only the critic trains")
-    loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge")
-    loss.add_argument("--adaptive-disc-weight", action="store_true", help="VQGAN, eq. 7")
+    loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge", help="adversarial loss")
+    loss.add_argument("--adaptive-disc-weight", action="store_true", help="scale it by gradients (VQGAN, eq. 7)")
     training.add_training_options(parser, max_steps=400_000, batch_size=128)
     return parser.parse_args()
 
@@ -73,7 +84,7 @@ def build_model(args):
     """The preset, or the file of --init with the options that no shape depends on."""
     how = dict(beta=args.beta, entropy_weight=args.entropy_weight, dropout=args.model_dropout)
     how["usage_window"] = args.usage_window
-    sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v}
+    sizes = {k: v for k, v in (("codebook_size", args.codebook_size), ("code_dim", args.code_dim)) if v is not None}
     if not args.init:
         return VQModel(VQConfig(**PRESETS[args.preset or "vq16"] | sizes | how))
     if sizes or args.preset:
@@ -130,7 +141,9 @@ def train(args, device, rank, world, asked):
     train_set.flip = train_set.flip and args.flip
     lpips = LPIPS().to(device) if args.perceptual_weight else None
 
-    model = build_model(args).to(device, memory_format=torch.channels_last).train()
+    model = build_model(args)
+    check_size(args.size, model.config.factor)
+    model = model.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimizers = training.make_optimizers(model, args)
     disc = PatchGAN().to(device) if args.disc_weight else None

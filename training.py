@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import launched
+from common import DEVICE_HELP, launched, make_folder
 from distributed import local, total, whole
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def add_training_options(parser, **defaults):
     run.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"],
                      help="go on from OUT/state.pt; auto: if there is one")
     run.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and dropout")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    run.add_argument("--device", default="auto", help=DEVICE_HELP)
     run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="autocast of the step")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU only)")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
@@ -62,20 +62,20 @@ def add_training_options(parser, **defaults):
     run.add_argument("--picture-every", type=int, default=1000, help="steps between pictures (0: at the end only)")
     run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
     run.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay (0: none does)")
-    run.add_argument("--max-bad-steps", type=int, default=10, help="in a row without a finite gradient, at most")
+    run.add_argument("--max-bad-steps", type=int, default=10, help="in a row without a finite gradient: then it ends")
     opt = parser.add_argument_group("optimisation")
     opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
-    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall clock; the rate follows what ends first")
+    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall clock, if it ends first (default: any)")
     opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
     opt.add_argument("--micro-batch-size", type=int, help="images per forward of a process (default: its whole share)")
     opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"], help="after the warm-up")
-    opt.add_argument("--warmup-steps", type=int, default=0, help="linear warm-up")
-    opt.add_argument("--min-lr", type=float, default=0.0, help="where the cosine ends")
-    opt.add_argument("--beta1", type=float, default=0.9, help="of AdamW")
-    opt.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    opt.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up (0: none)")
+    opt.add_argument("--min-lr", type=float, default=0.0, help="rate at which the cosine ends")
+    opt.add_argument("--beta1", type=float, default=0.9, help="AdamW: decay of the gradients' mean")
+    opt.add_argument("--beta2", type=float, default=0.95, help="AdamW: decay of their squares' mean")
     opt.add_argument("--weight-decay", type=float, default=0.05, help="on matrices and kernels, not on vectors")
-    opt.add_argument("--clip", type=float, default=1.0, help="gradient norm (0: none)")
+    opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (0: any)")
     opt.add_argument("--ema", type=float, default=0.0, help="decay per step of the averaged weights (0: none)")
     return opt
 
@@ -215,7 +215,7 @@ class RunLog:
         self.writes = launched()[0] == 0  # the first process alone
         if not self.writes:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         self.path, self.whole = self.out / "log.jsonl", True
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
         old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short

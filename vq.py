@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from common import load_weights, make_config, read_weights
+from common import check_kind, load_weights, make_config, read_weights
 
 PRESETS = {
     "tiny": dict(channels=(64, 96), patch=4, blocks=1, z_channels=64, codebook_size=256),
@@ -38,6 +38,9 @@ class VQConfig:
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
+        for name in ("codebook_size", "code_dim", "usage_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} has to be above 0, not {getattr(self, name)}")
         self.factor = self.patch * 2 ** (len(self.channels) - 1)  # pixels per code along each side
 
 
@@ -317,8 +320,7 @@ class VQModel(nn.Module):
         Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
-        if "quantize.embedding.weight" not in weights:
-            raise ValueError(f"{path}: not an image tokenizer (it holds no quantize.embedding.weight)")
+        check_kind(weights, path, "an image tokenizer")
         config = replace(make_config(VQConfig, config, path) if config else infer_config(weights, path), **changes)
         with torch.device("meta"):
             model = cls(config)
@@ -350,9 +352,19 @@ def infer_config(weights, path):
 
 
 if __name__ == "__main__":
-    print(f"{'preset':8}{'parameters':>12}{'factor':>8}{'codes':>8}{'codes at 256':>14}")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    columns = "parameters", "codebook", "codes at 256", "at 384", "TFLOP", "GiB to train"
+    print("preset" + "".join(f"{name:>14}" for name in columns))
     for preset, sizes in PRESETS.items():
-        with torch.device("meta"):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = VQModel(VQConfig(**sizes))
-        n, c = sum(p.numel() for p in model.parameters()) / 1e6, model.config
-        print(f"{preset:8}{n:>11.1f}M{c.factor:>8}{c.codebook_size:>8}{(256 // c.factor) ** 2:>14}")
+            model._decode(model._encode(torch.empty(1, 3, 256, 256)))
+        c, n = model.config, sum(p.numel() for p in model.parameters())
+        row = [f"{n / 1e6:.1f}M", c.codebook_size, *((size // c.factor) ** 2 for size in (256, 384))]
+        row += [f"{counter.get_total_flops() / 1e12:.2f}", f"{16 * n / 2**30:.1f}"]
+        print(f"{preset:6}" + "".join(f"{cell:>14}" for cell in row))
+    print("""
+TFLOP: encoding and decoding one image of 256 pixels, 2 per multiply-add, without the search for codes; training takes
+three times that. GiB to train: weights, gradients and AdamW's two moments in float32, without activations, LPIPS and
+the critic.""")

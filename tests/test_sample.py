@@ -392,9 +392,9 @@ def test_two_processes_paint_what_one_does(files, monkeypatch, how):
     (["--grid", "2x"], "ROWSxCOLUMNS"), (["--grid", "²x2"], "ROWSxCOLUMNS"), (["--classes", "horse"], "'horse' is"),
     (["--vq", "vq_ds2_c2i.pt"], "was trained on codes of vq.pt, and .*vq_ds2_c2i.pt is another"),
     (["--gpt", "c2i_XXL.pt", "--vq", "vq_12.pt", "--grid", "2x4"], "knows 16 codes, .*vq_12.pt has 12"),
-    (["--gpt", "text.pt"], "paints texts"), (["--n", 0], "--n, --batch-size"), (["--columns", 0], "--n, --batch-size"),
-    (["--size", 0], "--n, --batch-size"),
-    (["--batch-size", 0], "--n, --batch-size"), (["--top-p", 2], "top_p"), (["--vq", "none.pt"], "no such file"),
+    (["--gpt", "text.pt"], "paints texts"), (["--n", 0], "--n has to be above 0"), (["--columns", 0], "--columns has"),
+    (["--size", 0], "--size has to be above 0"), (["--batch-size", 0], "--batch-size has to be above 0"),
+    (["--top-p", 2], "top_p"), (["--vq", "none.pt"], "no such file"),
     (["--gpt", "vq.pt"], "not a GPT"), (["--device", "cuda:77"], "--device cuda:77"), (["--device", "gpu"], "--dev"),
 ], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
 def test_command_refuses_in_one_sentence(files, monkeypatch, capsys, options, message):
