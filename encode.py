@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
-from common import DEVICE_HELP, HUB_HELP, Parser, autocast, cli, make_folder, pick_device
+from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
+from common import autocast, make_folder, pick_device
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,

@@ -27,19 +27,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from common import (
-    DEVICE_HELP,
-    HUB_HELP,
-    Parser,
-    add_command,
-    cli,
-    launched,
-    make_folder,
-    pick_device,
-    read_file,
-    save_grid,
-    to_uint8,
-)
+from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
+from common import launched, make_folder, pick_device, read_file, save_grid, to_uint8
 from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
 from encode import CodeFile, file_sha256
 from gpt import GPT

@@ -29,11 +29,8 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
+from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import (
-    DEVICE_HELP,
-    HUB_HELP,
-    Parser,
-    cli,
     evaluating,
     launched,
     make_folder,

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+import command_line
 import common
 import distributed
 import training
@@ -29,7 +30,7 @@ SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # i
 
 
 def options():
-    parser = common.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--codes", type=Path, required=True, help="folder that encode.py wrote, with train/ and val/")
     data.add_argument("--vq", type=Path, help="the tokenizer, for pictures (default: the file that the codes name)")
@@ -38,7 +39,7 @@ def options():
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: B")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
-    model.add_argument("--hub", action="store_true", help=common.HUB_HELP)
+    model.add_argument("--hub", action="store_true", help=command_line.HUB_HELP)
     model.add_argument("--cond-rope", choices=["identity", "zero"],
                        help="rotation of condition tokens (default: identity; LlamaGen: zero)")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
@@ -297,4 +298,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    command_line.cli(main)

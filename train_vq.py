@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
+import command_line
 import common
 import distributed
 import training
@@ -45,7 +46,7 @@ ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_sat
 
 
 def options():
-    parser = common.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help=DATA_HELP)
     data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
@@ -58,7 +59,7 @@ def options():
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=list(PRESETS), help="default: vq16")
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
-    model.add_argument("--hub", action="store_true", help=common.HUB_HELP)
+    model.add_argument("--hub", action="store_true", help=command_line.HUB_HELP)
     model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
     model.add_argument("--code-dim", type=int, help="channels of a code (default: the preset's)")
     model.add_argument("--model-dropout", type=float, default=0.0, help="share of channels dropped in residual blocks")
@@ -288,4 +289,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    command_line.cli(main)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from common import DEVICE_HELP, launched, make_folder
+from command_line import DEVICE_HELP
+from common import launched, make_folder
 from distributed import local, total, whole
 
 log = logging.getLogger(__name__)
@@ -84,14 +85,6 @@ def check_training_options(args, world):
     """ValueError for numbers that no run can have; fills in the micro batch of each of `world` processes."""
     if args.micro_batch_size is None:
         args.micro_batch_size = -(-args.batch_size // world)
-    positive = ("max_steps", "max_minutes", "batch_size", "micro_batch_size", "log_every", "eval_every", "eval_images",
-                "max_bad_steps")  # fmt: skip
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} has to be above 0, not {getattr(args, name)}")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip", "picture_every", "save_every", "keep_every"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} cannot be below 0, and is {getattr(args, name)}")
     if args.batch_size % (args.micro_batch_size * world):
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} "
                          f"times {world} processes")  # fmt: skip

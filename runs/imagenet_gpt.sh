@@ -6,7 +6,7 @@
 #   256 pixels: B 2.0 5.46 / 193.6, L 1.75 3.81 / 248.3
 #   384 pixels: B 2.25 6.09, L 2.0 3.08 / 256, XL 1.75 2.63 / 244, XXL 1.75 2.34 / 254, 3B 1.65 2.19 / 263
 # (no figure for XL at 256 is at hand). It reports no memory: `python gpt.py` lists that of weights, gradients and AdamW,
-# 1.7 GiB for B to 46 GiB for 3B on each GPU; activations come on top.
+# 1.7 GiB for B to 46 GiB for 3B, in all; activations come on top. With --fsdp the GPUs share them.
 # IMAGENET names a folder with train/ and val/; VQ the tokenizer (default: LlamaGen's); REF the reference batch; GPUS how
 # many there are; PYTHON the interpreter.
 set -euo pipefail
@@ -24,7 +24,7 @@ case $model-$pixels in
   B-256) cfg=2.0 ;; B-384) cfg=2.25 ;; L-384) cfg=2.0 ;; 3B-*) cfg=1.65 ;; *) cfg=1.75 ;;
 esac
 case $model in
-  XXL | 3B) batch=(--batch-size 512 --lr 2e-4 --max-steps 750000) ;;
+  XXL | 3B) batch=(--batch-size 512 --micro-batch-size 16 --lr 2e-4 --max-steps 750000 --fsdp) ;;
   *) batch=(--batch-size 256 --lr 1e-4 --max-steps 1500000) ;;
 esac
 

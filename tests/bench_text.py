@@ -20,7 +20,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402 - needs the path above
+import command_line  # noqa: E402 - needs the path above
+import common  # noqa: E402
 import training  # noqa: E402
 from encode import CodeFile  # noqa: E402
 from gpt import GPT, PAD, PRESETS, GPTConfig  # noqa: E402
@@ -126,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    command_line.cli(main)

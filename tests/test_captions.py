@@ -21,7 +21,8 @@ import sample
 import train_gpt
 from builtin_sets import COLOURS, DIGITS, GROUNDS, SPLITS, UNSEEN_COLOUR, UNSEEN_RIGHT, digits_text
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, condition, open_reader, train_tokenizer
-from common import cli, save_file
+from command_line import cli
+from common import save_file
 from data import eval_batches, load_images, read_jsonl
 from gpt import rope_table
 from sample import generate, paint, read_captions

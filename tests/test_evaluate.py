@@ -16,7 +16,8 @@ from test_sample import files, small_gpt, small_vq  # noqa: F401 - a fixture
 
 import evaluate
 import losses
-from common import cli, save_file
+from command_line import cli
+from common import save_file
 from data import load_images
 from encode import CodeWriter, file_sha256
 from evaluate import Images, features, frechet_distance, inception_score, precision_recall, psnr, ssim, statistics

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import command_line
 import common
 import demo
 import encode
@@ -63,7 +64,7 @@ def sentence(command, monkeypatch, capsys):
     words = command.split()
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
-        common.cli(SCRIPTS[Path(words[0]).stem].main)
+        command_line.cli(SCRIPTS[Path(words[0]).stem].main)
     lines = [line for line in capsys.readouterr().err.splitlines() if "Traceback" in line or ": error: " in line]
     assert stopped.value.code == 2 and len(lines) == 1
     return lines[0].split(f"{words[0]}: error: ")[1]
@@ -132,7 +133,7 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
         raise RuntimeError("the shapes do not fit")
 
     with pytest.raises(RuntimeError, match="the shapes"):
-        common.cli(broken)
+        command_line.cli(broken)
 
 
 # The published files
@@ -202,7 +203,7 @@ def parsers(parser):
 def test_help(script, monkeypatch):
     """Every option has a help that says its default, every command an example; there are no abbreviations."""
     with monkeypatch.context() as patched:
-        patched.setattr(common.Parser, "parse_args", lambda self: self)
+        patched.setattr(command_line.Parser, "parse_args", lambda self: self)
         main = SCRIPTS[script].options()
     for parser in parsers(main):
         text = parser.format_help()
@@ -253,7 +254,7 @@ def test_recipes_have_options_that_the_scripts_know(name, words, tmp_path, monke
     subprocess.run(["bash", ROOT / "runs" / name, *words.split()], check=True, env=os.environ | more)
     calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().split("\n\0")[:-1]]
     assert calls
-    monkeypatch.setattr(common, "fetch", Path)
+    monkeypatch.setattr(command_line, "fetch", Path)
     for call in calls:
         world = 1
         if call[:2] == ["-m", "torch.distributed.run"]:
@@ -285,5 +286,6 @@ def test_every_function_and_class_is_used():
     used = Counter(name for tree in trees for name in names_in(tree))
     defined = {node.name for tree in trees for node in ast.walk(tree)
                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__")}  # fmt: skip
-    by_libraries = {"forward", "train", "_apply", "add_usage", "_get_help_string", "_check_value", "parse_known_args"}
+    by_libraries = {"forward", "train", "_apply", "add_usage", "_get_help_string", "_check_value", "parse_known_args",
+                    "storage_meta"}  # fmt: skip
     assert sorted(n for n in defined - by_libraries if not used[n] and not n.endswith("_ref")) == []

@@ -18,7 +18,7 @@ from test_training import BARE, Trap, finish, killed, load, rows, small, start, 
 from torch.distributed.checkpoint import metadata
 
 import checkpoints
-import common
+import command_line
 import distributed
 import train_gpt
 import training
@@ -187,7 +187,7 @@ def test_damaged_pieces_leave_those_before(damage, twice, codes, tmp_path, monke
         checkpoints.shutil.copytree(twice / "state.pt", path)
         DAMAGE[damage](path)
     with pytest.raises(SystemExit, match="2"):
-        common.cli(lambda: run(train_gpt, monkeypatch, out, *options))
+        command_line.cli(lambda: run(train_gpt, monkeypatch, out, *options))
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {out / 'state.pt.previous'}" in said and "not a readable checkpoint" in said
     assert not (tmp_path / "trap").exists()

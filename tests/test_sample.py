@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import sample
-from common import cli, save_file
+from command_line import cli
+from common import save_file
 from encode import file_sha256
 from gpt import GPT, PRESETS, GPTConfig
 from sample import LOOPS, generate, paint, parse_classes, release, uniforms

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoints
+import command_line
 import common
 import demo
 import encode
@@ -390,7 +391,7 @@ def run_command(script, monkeypatch, *words):
     """Exit code of a script."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
     try:
-        common.cli(script.main)
+        command_line.cli(script.main)
     except SystemExit as stopped:
         return stopped.code
     return 0
@@ -572,9 +573,9 @@ def dests(parser):
 
 @pytest.mark.parametrize("script", [train_vq, train_gpt, encode, sample, evaluate, demo], ids=lambda s: s.__name__)
 def test_every_option_is_read(script, monkeypatch):
-    monkeypatch.setattr(common.Parser, "parse_args", lambda self: self)
+    monkeypatch.setattr(command_line.Parser, "parse_args", lambda self: self)
     names = set(dests(script.options()))
-    sources = "".join(Path(module.__file__).read_text() for module in (script, common, training, checkpoints))
+    sources = "".join(Path(module.__file__).read_text() for module in (script, command_line, training, checkpoints))
     assert names and {name for name in names if not re.search(rf"\bargs\.{name}\b", sources)} == set()
 
 

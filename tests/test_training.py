@@ -21,6 +21,7 @@ import torch
 from test_train import LLAMA, NO_DISC, VQ, gpt_options, run, same, series, vq_options
 
 import checkpoints
+import command_line
 import common
 import distributed
 import train_gpt
@@ -49,7 +50,7 @@ def process(main, before, words, err, env):
     torch.set_num_threads(1)
     os.environ.update(env)
     before()
-    common.cli(main)
+    command_line.cli(main)
 
 
 def start(main, out, *options, world=0, before=list):
@@ -223,7 +224,7 @@ def test_a_row_of_bad_steps_ends_the_run(codes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt.GPT, "forward", broken)
     with pytest.raises(SystemExit, match="2"):
         more = "--max-bad-steps", 4, "--log-every", 3
-        common.cli(lambda: run(train_gpt, monkeypatch, tmp_path / "a", *options, *more))
+        command_line.cli(lambda: run(train_gpt, monkeypatch, tmp_path / "a", *options, *more))
     assert re.search("error: 4 steps in a row, up to step 9, .*: the last checkpoint stands", capsys.readouterr().err)
     assert [(row["step"], row.get("bad_steps")) for row in rows(tmp_path / "a")] == [(3, None), (6, 1)]
     assert load(tmp_path / "a" / "state.pt")["step"] == load(tmp_path / "a" / "gpt.pt")["step"] == 5
@@ -336,7 +337,7 @@ def test_a_damaged_state_leaves_the_one_before(damage, codes, tmp_path, monkeypa
     for path in (state, before):
         DAMAGE[damage](path)
     with pytest.raises(SystemExit, match="2"):
-        common.cli(lambda: run(train_gpt, monkeypatch, out, *options, "--resume", "auto"))
+        command_line.cli(lambda: run(train_gpt, monkeypatch, out, *options, "--resume", "auto"))
     assert f"error: {before}: not a readable checkpoint" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "trap").exists()
 
@@ -398,7 +399,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(until, disk, codes, monkeypatch,
         command()
     else:
         with pytest.raises(SystemExit, match="2"):
-            common.cli(command)
+            command_line.cli(command)
         assert re.search("error: .*the last checkpoint could not be written, the one before", capsys.readouterr().err)
     assert list(map(int, re.findall("no checkpoint at step (.)", caplog.text))) == list(range(3, min(until, 7)))
     assert {name for name in os.listdir(out) if ".pt" in name} == {"state.pt", "state.pt.previous", "gpt.pt"} | {

@@ -1,0 +1,113 @@
+"""Options and errors, the same for every script."""
+
+import argparse
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from common import fetch, nearest
+
+DEVICE_HELP = "auto, cpu, cuda, cuda:1; auto is a GPU where there is one"
+HUB_HELP = "fetch LlamaGen's files that are not there from the Hugging Face hub, by name (c2i_B_256.pt)"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Usage with the required options only; each default after its help."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(usage, [a for a in actions if a.required or not a.option_strings], (), prefix)
+
+    def _get_help_string(self, action):
+        default = action.default
+        silent = default is None or default is False or default in (math.inf, argparse.SUPPRESS, [])
+        if silent or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+SIGNED = {"cfg_scale", "sample_cfg_scale", "cfg_stop"}  # options that may be below 0
+POSITIVE = {"batch_size", "code_dim", "codebook_size", "columns", "eval_every", "eval_images", "log_every",
+            "max_bad_steps", "max_minutes", "max_steps", "micro_batch_size", "n", "n_random", "size", "text_vocab",
+            "usage_window"}  # that cannot be 0
+SHARES = {"bad_share", "dropout", "cond_dropout", "model_dropout", "beta1", "beta2"}  # that cannot be above 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as every script has it: names in full, and for a wrong one the nearest right one.
+
+    What is wrong is a ValueError, for cli(). `description` is the script's docstring, whose example --help shows. With
+    --hub, published files that are not there are fetched.
+    """
+
+    def __init__(self, description, **more):
+        more = dict(formatter_class=Help, allow_abbrev=False) | more  # torchrun would abbreviate, too
+        super().__init__(description=description, **more)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in args[:1] if self._subparsers else args:  # before argparse misses what was meant
+            name = re.fullmatch(r"(--?[A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
+            if name and name[1] not in known:
+                hint = ": the command comes first" if self._subparsers else nearest(name[1], known)
+                self.error(f"no option {name[1]}{hint}")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for name, value in vars(args).items():
+            for x in value if isinstance(value, list) else [value]:
+                if isinstance(x, int | float):
+                    self.check_number(name, x)
+        if "hub" in args and args.hub:
+            for name in ("vq", "gpt", "init"):
+                if getattr(args, name, None):
+                    setattr(args, name, fetch(getattr(args, name)))
+        return args
+
+    def check_number(self, name, x):
+        """What no number of any script may be; their own checks say more."""
+        low = -math.inf if name in SIGNED else 0
+        high = 1 if name in SHARES else math.inf if isinstance(x, float) else 2**63
+        if name in POSITIVE and x == 0:
+            self.error(f"--{name.replace('_', '-')} has to be above 0, not 0")
+        if not (low <= x <= high and math.isfinite(x)) and (name, x) != ("max_minutes", math.inf):
+            why = f"{x}" if not math.isfinite(x) else f"{'below 0' if x < low else f'above {high}'}, and is {x}"
+            self.error(f"--{name.replace('_', '-')} cannot be {why}")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            name = action.option_strings[0] if action.option_strings else "the command"
+            hint = isinstance(value, str) and nearest(value, choices) or f": it is one of {', '.join(choices)}"
+            self.error(f"{name} cannot be {value}{hint}")
+
+    def error(self, message):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def add_command(commands, name, run, doc):
+    """A subcommand of Parser.add_subparsers() that calls run(args); its example is the line of `doc` that has one."""
+    example = next(line for line in doc.splitlines() if f".py {name} " in line)
+    parser = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def cli(main):
+    """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:
+            raise
+        reason = f"out of memory: {str(error).splitlines()[0]}" if memory else error
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        sys.exit(2)
