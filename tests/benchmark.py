@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import kernels  # noqa: E402 - needs the path above
 
-DEVICE = "cuda"  # "cpu" in a dry run
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" in a dry run
 
 
 @dataclasses.dataclass
@@ -136,7 +136,8 @@ class Run:
         self.dry, self.quick, self.failed, self.left_out = args.dry_run, args.quick, [], []
         if not self.dry and not torch.cuda.is_available():
             raise SystemExit("There is no GPU: nothing is measured (--dry-run runs the same code on a CPU).")
-        DEVICE, self.mode = "cpu" if self.dry else "cuda", kernels.use("torch" if self.dry else "triton")
+        self.before = DEVICE, kernels.use("torch" if self.dry else "triton")
+        DEVICE = "cpu" if self.dry else "cuda"
         torch.manual_seed(0)
         self.top = Ceilings() if self.dry else measure_ceilings()
         self.about = about_machine(self.top)
@@ -199,8 +200,8 @@ class Run:
 
     def close(self):
         global DEVICE
-        DEVICE = "cuda"
-        kernels.use(self.mode)
+        DEVICE, mode = self.before
+        kernels.use(mode)
         signal.signal(signal.SIGTERM, self.handler)
         self.picture()
         for what, rows in (("failed", self.failed), ("left out, for lack of time", self.left_out)):
