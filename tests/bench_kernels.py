@@ -10,7 +10,7 @@ predicts for one H100.
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import pathlib
 import subprocess

@@ -18,7 +18,7 @@ is drawn from it.
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -211,9 +211,11 @@ def draw(rows, path):
 
 def call(words, log, **environment):
     """A command, its output in a file; RuntimeError with the end of that where it fails."""
+    environment = os.environ | dict(PYTHON=sys.executable) | environment
+    if bench.DEVICE == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with open(log, "a") as file:
-        code = subprocess.run(list(map(str, words)), cwd=ROOT, stdout=file, stderr=file,
-                              env=os.environ | dict(PYTHON=sys.executable) | environment).returncode  # fmt: skip
+        code = subprocess.run(list(map(str, words)), cwd=ROOT, stdout=file, stderr=file, env=environment).returncode
     if code:
         raise RuntimeError(f"{words[1]} ended with code {code}:\n{pathlib.Path(log).read_text()[-2000:]}")
 
@@ -255,9 +257,11 @@ def demo(args):
     short, out = args.dry_run or args.quick, ROOT / "out" / "benchmark" / run.folder.name
     out.mkdir(parents=True, exist_ok=True)
     steps = 20 if short else None
-    plan = [(dict(demo="digits 32x32"), 30 if short else 120, functools.partial(digits, out, steps)),
-            (dict(demo="emoji 128x128"), 60 if short else 60 * args.emoji_minutes + 30,
-             functools.partial(emoji, out, args.emoji_minutes, steps, 32 if args.dry_run else 128))]  # fmt: skip
+    size, seconds = (32, 60) if args.dry_run else (128, 60 * args.emoji_minutes + 30)
+    plan = [(dict(demo="digits 32x32"), 30 if short else 120, functools.partial(digits, out, steps))]
+    if not args.quick:
+        paint = functools.partial(emoji, out, args.emoji_minutes, steps, size)
+        plan.append((dict(demo=f"emoji {size}x{size}"), seconds, paint))
     return int(run.measure(plan, ("demo", "seconds", "psnr", "val_loss", "sample_accuracy", "skipped"), plan))
 
 

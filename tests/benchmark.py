@@ -103,6 +103,10 @@ def time_ms(call, rep):
 def release_memory():
     """What the last contender left: its graphs, its compiled code, its memory."""
     torch._dynamo.reset()
+    if DEVICE == "cuda":
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -165,8 +169,11 @@ class Run:
 
     def picture(self):
         self.drawn = time.monotonic()
-        if self.draw and self.rows:
-            self.draw(self.rows, self.folder / f"{self.name}.png")
+        try:
+            if self.draw and self.rows:
+                self.draw(self.rows, self.folder / f"{self.name}.png")
+        except Exception as error:  # the table matters more
+            print(f"no plot: {type(error).__name__}: {error}")
 
     def measure(self, plan, columns, tiny):
         """plan: (key, seconds on an H100, estimated; what measures the rest of the row); in a dry run `tiny` is
