@@ -1,20 +1,21 @@
 """Kernels at the models' real sizes against eager PyTorch, torch.compile and the best library operation.
 
-On a GPU: checks, then times; rows go to benchmarks/<gpu>/kernels.csv as they come, kernels.png is drawn from that file.
-Predictions are made before anything runs, from bytes and instruction counts. Without a GPU: the ahead-of-time table
-and the times that it predicts for one H100.
+On a GPU: checks against float64, then times; rows go to benchmarks/<gpu>/kernels.csv as they come, kernels.png is drawn
+from that file. --check: only the checks, of every case, into check.csv, then the kernels' tests. Predictions are made
+before anything runs, from bytes and instruction counts. Without a GPU: the ahead-of-time table and the times that it
+predicts for one H100.
 
-    python tests/bench_kernels.py [--only swiglu]
+    python tests/bench_kernels.py [--only swiglu] [--check] [--quick | --dry-run]
 """
 
-import argparse
-import csv
 import dataclasses
 import functools
-import importlib
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -23,33 +24,45 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import test_compile  # noqa: E402 - needs the path above
+import benchmark as bench  # noqa: E402 - needs the path above
+from benchmark import Ceilings, compiled  # noqa: E402
 
 import kernels  # noqa: E402
 
-codebook, rms_norm_file, swiglu_file, rope_file, decode_file, sampling_file = (
+codebook, rms_norm_file, swiglu_file, rope_file, decode_file, sampling_file, loss_file = (
     importlib.import_module(f"kernels.{name}")
-    for name in ("codebook", "rms_norm", "swiglu", "rope_attention", "decode", "sampling")
+    for name in ("codebook", "rms_norm", "swiglu", "rope_attention", "decode", "sampling", "cross_entropy")
 )
-DEVICE = "cuda"
-TOKENS = 65536
+TESTS = ("kernels", "rope_attention", "decode", "sampling", "cross_entropy")  # that run on a GPU where there is one
 SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 # by (D, l2), on sm_90: half-rate instructions per pair and executed depth, from tests/test_compile.py; instructions of
 # a warp that one vector's rescan costs, from a simulation on random codes
 SEARCH = {(8, True): (1.50, 32, 67), (256, False): (6.97, 768, 1090)}
 # by padded head and whether keys are turned inside: instructions per score of fwd, dq, dkv on sm_90, without padding
 ATTENTION = {(64, True): (11.0, 10.6, 12.4), (64, False): (8.2, 8.1, 9.8), (128, False): (12.1, 15.3, 17.3)}
+LOGIT_BYTES = 38  # that the chunks of linear_cross_entropy move per logit beside its three products, pass after pass
 RIVALS = ("flash", "cudnn", "efficient", "flex", "prefix")
 
 
 @dataclasses.dataclass
-class Ceilings:
-    """What the GPU can do; the defaults are those of one H100 80GB."""
+class Sizes:
+    """Tokens and widths of GPT-L, XL and XXL; attention: B, T, H, D; decoding: B, S, position, H, D."""
 
-    copy: float = 3.0e12  # byte/s
-    matmul: float = 800e12  # FLOP/s in bfloat16
-    multiprocessors: int = 132
-    clock: float = 1.755e9
+    tokens: int = 65536
+    searches: tuple = ((32768, 16384, 8, True), (262144, 16384, 8, True), (262144, 1024, 256, False))
+    widths: tuple = (1024, 1280, 1536)
+    hidden: tuple = (2816, 3584, 4096)
+    attention: tuple = ((64, 256, 16, 64), (64, 576, 16, 64), (64, 1024, 16, 64), (32, 576, 32, 100))
+    decode: tuple = (  # 8 images with guidance, late and halfway, one image, many
+        (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
+        (256, 256, 128, 16, 64),
+    )  # fmt: skip
+    drawing: tuple = ((8, 16384), (128, 16384))
+    loss: tuple = (1024, 16384)
+
+
+TINY = Sizes(64, ((96, 128, 8, True), (96, 32, 256, False)), (48,), (24,), ((2, 16, 2, 16),), ((4, 16, 9, 2, 16),),
+             ((2, 512),), (32, 96))  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -69,7 +82,13 @@ class Case:
     rivals: dict = dataclasses.field(default_factory=dict)  # more contenders, by a name of RIVALS
     tolerance: float = 2e-2
     latency_ms: float = 0  # predicted beside bytes and FLOPs
+    passes: float = 0  # bytes moved beside the products, before or after them
     captured: bool = False  # timed as the replay of a CUDA graph, which is how the sampler runs it
+    targets: dict = dataclasses.field(default_factory=dict)  # by column: ours_ms at most, the others at least
+
+    @property
+    def key(self):
+        return dict(op=self.op, shape=self.shape, dtype=self.dtype, direction=self.direction)
 
     def floor_ms(self, top):
         return 1e3 * max(self.bytes / top.copy, self.flops / top.matmul)
@@ -78,7 +97,8 @@ class Case:
         if self.attention:
             return self.predicted_attention_ms(top)
         if not self.search:
-            return self.floor_ms(top) / (SHARE_BWD if "bwd" in self.direction else SHARE_FWD) + self.latency_ms
+            share = SHARE_BWD if "bwd" in self.direction else SHARE_FWD
+            return self.floor_ms(top) / share + self.latency_ms + 1e3 * self.passes / top.copy
         N, K, D, l2 = self.search  # maxima and tensor cores one after the other; FMNMX issues every second cycle
         half, depth, rescan = SEARCH[D, l2]
         issue = top.multiprocessors * 4 * top.clock
@@ -99,16 +119,26 @@ class Case:
         pass_ms = 1e3 * turned * 4 * B * T * H * D / top.copy / SHARE_BWD
         return max(ms, 1e3 * self.bytes / top.copy / SHARE_BWD) + pass_ms
 
+    def seconds(self, quick, check):
+        """What its row takes on an H100, estimated: checks, timing, and torch.compile for some."""
+        if quick or check:
+            return 1.5
+        contenders = 2 + len(self.rivals) + bool(self.library)
+        uses_compile = 1 + len(self.rivals) + (self.op == "decode_attention")
+        each = (6 if self.attention else 3) if "bwd" in self.direction else 2.5
+        return 1 + 0.7 * contenders + each * uses_compile
 
-def rms_cases():
+
+def rms_cases(sizes):
     """The plain norm in bfloat16, and what training runs: x in bfloat16, residual and sum in float32."""
-    for W in (1024, 1280, 1536):
+    tokens = sizes.tokens
+    for W in sizes.widths:
         for add, direction in ((False, "fwd"), (True, "fwd"), (False, "bwd"), (True, "bwd")):
 
             def make(W=W, add=add):
-                x, dy = (torch.randn(TOKENS, W, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-                stream = [torch.randn(TOKENS, W, device=DEVICE) for _ in range(2 * add)]  # residual, ds
-                return [x, torch.rand(W, device=DEVICE) + 0.5, *stream[:1]], [dy, *stream[1:]]
+                x, dy = (torch.randn(tokens, W, device=bench.DEVICE, dtype=torch.bfloat16) for _ in range(2))
+                stream = [torch.randn(tokens, W, device=bench.DEVICE) for _ in range(2 * add)]  # residual, ds
+                return [x, torch.rand(W, device=bench.DEVICE) + 0.5, *stream[:1]], [dy, *stream[1:]]
 
             def library(x, weight, residual=None):
                 s = x if residual is None else x + residual
@@ -121,12 +151,14 @@ def rms_cases():
             # x, y; x, residual, s, y; dy, x, dx; dy, ds, s, the gradient in both dtypes
             size = {"fwd": (2 + 2, 2 + 4 + 4 + 2), "bwd": (2 + 2 + 2, 2 + 4 + 4 + 4 + 2)}[direction][add]
             yield Case(
-                "rms_norm" + " + residual" * add, f"{TOKENS}x{W}", "bfloat16" + "+float32" * add, direction, make,
-                with_eps(kernels.rms_norm), with_eps(rms_norm_file.rms_norm_ref), library, size * TOKENS * W,
+                "rms_norm" + " + residual" * add, f"{tokens}x{W}", "bfloat16" + "+float32" * add, direction, make,
+                with_eps(kernels.rms_norm), with_eps(rms_norm_file.rms_norm_ref), library, size * tokens * W,
+                targets=dict(share_of_floor=SHARE_FWD, vs_eager=7, vs_library=1) if direction == "fwd" else
+                dict(share_of_floor=SHARE_BWD, vs_eager=7, vs_library=1.2),
             )  # fmt: skip
 
 
-def swiglu_cases():
+def swiglu_cases(sizes):
     try:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -134,16 +166,18 @@ def swiglu_cases():
             return LigerSiLUMulFunction.apply(*(half.contiguous() for half in x.chunk(2, -1)))
     except ImportError:
         library = None
-    for H in (2816, 3584, 4096):
+    tokens = sizes.tokens
+    for H in sizes.hidden:
         for direction, passes in (("fwd", 3), ("bwd", 5)):
 
             def make(H=H):
-                x = torch.randn(TOKENS, 2 * H, device=DEVICE, dtype=torch.bfloat16)
+                x = torch.randn(tokens, 2 * H, device=bench.DEVICE, dtype=torch.bfloat16)
                 return [x], [torch.randn_like(x[:, :H])]
 
             yield Case(
-                "swiglu", f"{TOKENS}x{H}", "bfloat16", direction, make, kernels.swiglu, swiglu_file.swiglu_ref, library,
-                passes * TOKENS * H * 2,
+                "swiglu", f"{tokens}x{H}", "bfloat16", direction, make, kernels.swiglu, swiglu_file.swiglu_ref, library,
+                passes * tokens * H * 2,
+                targets=dict(share_of_floor=SHARE_FWD if direction == "fwd" else SHARE_BWD, vs_eager=2.5, vs_compile=1),
             )  # fmt: skip
 
 
@@ -153,17 +187,19 @@ def distances(z, codes):
     return d.argmin(1)
 
 
-def search_cases():
-    for N, K, D, l2 in ((32768, 16384, 8, True), (262144, 16384, 8, True), (262144, 1024, 256, False)):
+def search_cases(sizes):
+    targets = {32768: dict(ours_ms=0.13), 262144: dict(ours_ms=0.9, vs_eager=40, vs_compile=10)}
+    for N, K, D, l2 in sizes.searches:
 
         def make(N=N, K=K, D=D, l2=l2):
-            z, codes = (torch.randn(n, D, device=DEVICE) for n in (N, K))
+            z, codes = (torch.randn(n, D, device=bench.DEVICE) for n in (N, K))
             return ([F.normalize(z, dim=1), F.normalize(codes, dim=1)] if l2 else [z, codes]), None
 
         yield Case(
             "nearest_code", f"{N}x{K} D={D}", "float32", "fwd", make, functools.partial(kernels.nearest_code, l2=l2),
             distances, functools.partial(codebook.nearest_code_ref, l2=l2), N * (D * 4 + 8),
             2 * N * K * SEARCH[D, l2][1], (N, K, D, l2),
+            targets=targets.get(N, {}) if D == 8 else dict(ours_ms=1.4, vs_eager=3.5),
         )  # fmt: skip
 
 
@@ -171,19 +207,18 @@ def with_backend(name, fn):
     """fn compiled, with one backend of scaled_dot_product_attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backend, compiled = getattr(SDPBackend, f"{name.upper()}_ATTENTION"), torch.compile(fn)
+    backend, fast = getattr(SDPBackend, f"{name.upper()}_ATTENTION"), compiled(fn)
 
     def call(*inputs):
         with sdpa_kernel(backend):
-            return compiled(*inputs)
+            return fast(*inputs)
 
     return call
 
 
-def attention_cases():
-    for D, H, B in ((64, 16, 64), (100, 32, 32)):
-        for T in (256, 576, 1024):
-            yield from attention_case(B, T, H, D)
+def attention_cases(sizes):
+    for B, T, H, D in sizes.attention:
+        yield from attention_case(B, T, H, D)
 
 
 def attention_case(B, T, H, D):
@@ -192,11 +227,12 @@ def attention_case(B, T, H, D):
     def make():
         from torch.nn.attention.flex_attention import create_block_mask
 
-        angles = torch.outer(torch.arange(T, device=DEVICE), 10000.0 ** (-torch.arange(0, 1, 2 / D, device=DEVICE)))
+        frequencies = 10000.0 ** -torch.arange(0, 1, 2 / D, device=bench.DEVICE)
+        angles = torch.outer(torch.arange(T, device=bench.DEVICE), frequencies)
         where["table"] = angles.cos(), angles.sin()
-        where["mask"] = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=DEVICE)
-        qkv = torch.randn(B, T, 3 * H * D, device=DEVICE, dtype=torch.bfloat16)
-        return [qkv], [torch.randn(B, T, H * D, device=DEVICE, dtype=torch.bfloat16)]
+        where["mask"] = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=bench.DEVICE)
+        qkv = torch.randn(B, T, 3 * H * D, device=bench.DEVICE, dtype=torch.bfloat16)
+        return [qkv], [torch.randn(B, T, H * D, device=bench.DEVICE, dtype=torch.bfloat16)]
 
     def ours(qkv):
         return kernels.rope_attention(qkv, *where["table"], H)
@@ -211,29 +247,29 @@ def attention_case(B, T, H, D):
         return flex_attention(*heads, block_mask=where["mask"]).transpose(1, 2).flatten(2)
 
     rivals = {name: functools.partial(with_backend, name, sdpa) for name in RIVALS[:3]}
-    rivals["flex"] = functools.partial(torch.compile, flex)
+    rivals["flex"] = functools.partial(compiled, flex)
     size, scores = B * T * H * D, B * H * T * (T + 1) / 2
-    for direction, passes, products in (("fwd", 4, 4), ("bwd", 8, 10), ("fwd+bwd", 12, 14)):
+    targets = {256: dict(fwd=dict(ours_ms=0.12, vs_flash=1.3)),
+               1024: {"fwd": dict(tflop_per_s=280), "fwd+bwd": dict(tflop_per_s=200)}}  # fmt: skip
+    for direction, passes, products in (("fwd", 4, 4), ("fwd+bwd", 12, 14)):
         yield Case(
             "rope_attention", f"{B}x{T}x{H}x{D}", "bfloat16", direction, make, ours, sdpa, None,
             passes * size * 2, products * scores * D, attention=(B, T, H, D), rivals=rivals,
+            targets=targets.get(T, {}).get(direction, {}) if D == 64 else {},
         )  # fmt: skip
 
 
-def decode_cases():
-    """One token per row: 8 images with guidance, late and halfway, one image, many. 2 us are for trips to memory."""
-    for B, S, t, H, D in (
-        (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
-        (256, 256, 128, 16, 64),
-    ):  # fmt: skip
+def decode_cases(sizes):
+    """One token per row. 2 us are for trips to memory."""
+    for B, S, t, H, D in sizes.decode:
         padded, where = -(-D // 8) * 8, {}
 
         def make(B=B, S=S, t=t, H=H, D=D, padded=padded, where=where):
-            angles = torch.randn(S, D // 2, device=DEVICE)
-            where.update(table=(angles.cos(), angles.sin()), position=torch.tensor([t], device=DEVICE))
-            where["seen"] = torch.arange(S, device=DEVICE) <= t
-            caches = [torch.randn(B, H, S, padded, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
-            return [torch.randn(B, 3 * H * D, device=DEVICE, dtype=torch.bfloat16), *caches], None
+            angles = torch.randn(S, D // 2, device=bench.DEVICE)
+            where.update(table=(angles.cos(), angles.sin()), position=torch.tensor([t], device=bench.DEVICE))
+            where["seen"] = torch.arange(S, device=bench.DEVICE) <= t
+            caches = [torch.randn(B, H, S, padded, device=bench.DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+            return [torch.randn(B, 3 * H * D, device=bench.DEVICE, dtype=torch.bfloat16), *caches], None
 
         def ours(qkv, k, v, H=H, where=where):
             return kernels.decode_attention(qkv, *where["table"], k, v, where["position"], H)
@@ -252,31 +288,32 @@ def decode_cases():
 
         yield Case(
             "decode_attention", f"{B}x{t}/{S}x{H}x{D}", "bfloat16", "fwd", make, ours, eager,
-            torch.compile(functools.partial(sdpa, end=None)), 4 * B * H * t * padded, 4 * B * H * t * D,
-            rivals=dict(prefix=lambda sdpa=sdpa, t=t: torch.compile(functools.partial(sdpa, end=t + 1))),
+            compiled(functools.partial(sdpa, end=None)), 4 * B * H * t * padded, 4 * B * H * t * D,
+            rivals=dict(prefix=lambda sdpa=sdpa, t=t: compiled(functools.partial(sdpa, end=t + 1))),
             latency_ms=2e-3, captured=True,
         )  # fmt: skip
 
 
-def drawing_cases():
-    """Guided rows of 16,384 logits against topk, a sort and a multinomial draw, LlamaGen's way; bound by latency."""
+def drawing_cases(sizes):
+    """Guided rows of logits against topk, a sort and a multinomial draw, LlamaGen's way; bound by latency."""
 
     def sorted_draw(logits, noise, index, top_p):
         cond, uncond = logits.float().chunk(2)
         x = uncond + (cond - uncond) * 2.0
-        x = x.masked_fill(x < x.topk(2000).values[:, -1:], -torch.inf)
+        x = x.masked_fill(x < x.topk(min(2000, x.shape[1] // 2)).values[:, -1:], -torch.inf)
         if top_p < 1:
             x, order = x.sort(descending=True)
             mass = x.softmax(-1).cumsum(-1)
             x = x.masked_fill(mass - x.softmax(-1) >= top_p, -torch.inf).scatter(1, order, x)
-        return x.softmax(-1).multinomial(1)[:, 0].repeat(2)
+        p = x.softmax(-1)
+        return (p / torch.empty_like(p).exponential_(1)).argmax(-1).repeat(2)  # multinomial, without its checks
 
-    for B in (8, 128):
+    for B, V in sizes.drawing:
         for top_p, latency in ((1.0, 6e-3), (0.9, 11e-3)):
 
-            def make(B=B):
-                logits = 3 * torch.randn(2 * B, 16384, device=DEVICE, dtype=torch.bfloat16)
-                return [logits, torch.rand(B, 576, device=DEVICE), torch.tensor([7], device=DEVICE)], None
+            def make(B=B, V=V):
+                logits = 3 * torch.randn(2 * B, V, device=bench.DEVICE, dtype=torch.bfloat16)
+                return [logits, torch.rand(B, 576, device=bench.DEVICE), torch.tensor([7], device=bench.DEVICE)], None
 
             def with_settings(fn, top_p=top_p):
                 return lambda logits, noise, index: fn(
@@ -284,25 +321,65 @@ def drawing_cases():
                 )
 
             yield Case(
-                "draw_codes", f"{2 * B}x16384 top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
+                "draw_codes", f"{2 * B}x{V} top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
                 with_settings(kernels.draw_codes), with_settings(sampling_file.draw_codes_ref),
-                functools.partial(sorted_draw, top_p=top_p), 4 * B * 16384, latency_ms=latency, captured=True,
+                functools.partial(sorted_draw, top_p=top_p), 4 * B * V, latency_ms=latency, captured=True,
             )  # fmt: skip
 
 
-def cases():
-    return [*search_cases(), *rms_cases(), *swiglu_cases(), *attention_cases(), *decode_cases(), *drawing_cases()]
+def loss_cases(sizes):
+    """Output product and loss with their gradients: three products, and passes over the logits."""
+    (C, V), N, where = sizes.loss, sizes.tokens, {}
+
+    def make():
+        where["targets"] = torch.randint(V, (N,), device=bench.DEVICE)
+        x = torch.randn(N, C, device=bench.DEVICE, dtype=torch.bfloat16)
+        weight = 0.05 * torch.randn(V, C, device=bench.DEVICE, dtype=torch.bfloat16)
+        return [x, weight], [torch.ones((), device=bench.DEVICE)]
+
+    def with_targets(fn):
+        return lambda x, weight: fn(x, weight, where["targets"][: len(x)])
+
+    yield Case(
+        "linear_cross_entropy", f"{N}x{C}x{V}", "bfloat16", "fwd+bwd", make, with_targets(kernels.linear_cross_entropy),
+        with_targets(loss_file.linear_cross_entropy_ref), None, 4 * (N * C + V * C), 6 * N * C * V,
+        passes=LOGIT_BYTES * N * V, targets=dict(share_of_floor=0.8, vs_eager=1.8),
+    )  # fmt: skip
 
 
-def measure_ceilings():
-    from triton.testing import do_bench
+def cases(sizes=None):
+    """All of them, those of the README's table first."""
+    families = (search_cases, rms_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases, loss_cases)
+    found = [case for family in families for case in family(sizes or Sizes())]
+    shown = [key for *_, keys in README for key in keys]
+    return sorted(found, key=lambda case: (case.op, case.shape, case.direction) not in shown)
 
-    source = torch.empty(1 << 29, dtype=torch.bfloat16, device=DEVICE)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    copy = 2 * source.nbytes / (1e-3 * do_bench(lambda: target.copy_(source), return_mode="median"))
-    matmul = 2 * 8192**3 / (1e-3 * do_bench(lambda: a @ b, return_mode="median"))
-    return Ceilings(copy, matmul, torch.cuda.get_device_properties(0).multi_processor_count)
+
+# The rows of the README's table: what is shown, bound, registers and spills on sm_90 (tests/test_compile.py), and cases
+README = (
+    ("codebook search, 262,144 vectors x 16,384 codes, D 8: float16 hi/lo parts on tensor cores, exact rescan; "
+     "2.0 instructions per pair", "one maximum per pair", "111, none",
+     [("nearest_code", "262144x16384 D=8", "fwd")]),
+    ("codebook search, 32,768 x 16,384, D 8", "the same", "111, none", [("nearest_code", "32768x16384 D=8", "fwd")]),
+    ("codebook search, 262,144 x 1,024, D 256", "tensor cores", "217, none",
+     [("nearest_code", "262144x1024 D=256", "fwd")]),
+    ("RMSNorm, 65,536 x 1,024, bfloat16, forward / backward", "memory", "up to 117, none",
+     [("rms_norm", "65536x1024", "fwd"), ("rms_norm", "65536x1024", "bwd")]),
+    ("residual add + RMSNorm as training runs it (float32 stream), forward / backward", "memory", "up to 117, none",
+     [("rms_norm + residual", "65536x1024", "fwd"), ("rms_norm + residual", "65536x1024", "bwd")]),
+    ("SwiGLU, 65,536 x 2,816, forward / backward", "memory", "32 / 48, none",
+     [("swiglu", "65536x2816", "fwd"), ("swiglu", "65536x2816", "bwd")]),
+    ("RoPE attention, batch 64, 16 heads of 64, T 256, forward", "memory", "255, none",
+     [("rope_attention", "64x256x16x64", "fwd")]),
+    ("the same, T 1,024, forward / both ways", "memory / tensor cores", "255, none",
+     [("rope_attention", "64x1024x16x64", "fwd"), ("rope_attention", "64x1024x16x64", "fwd+bwd")]),
+    ("decoding: 16 rows of GPT-L, rotation, cache write and attention over 256 keys", "memory",
+     "80 (122 with heads of 100), none", [("decode_attention", "16x255/256x16x64", "fwd")]),
+    ("drawing: guidance, top-k, top-p and the draw, rows of 16,384", "latency", "124, none",
+     [("draw_codes", "16x16384 top-k top-p", "fwd")]),
+    ("output product and cross-entropy in chunks, 65,536 x 1,024 x 16,384, both ways", "tensor cores", "PyTorch's",
+     [("linear_cross_entropy", "65536x1024x16384", "fwd+bwd")]),
+)  # fmt: skip
 
 
 def step(fn, inputs, upstream, direction):
@@ -318,115 +395,106 @@ def step(fn, inputs, upstream, direction):
 
 
 def check(case, inputs, upstream):
-    """Ours against float64 (indices: against float64 distances of a sample) before anything is timed."""
+    """Ours against float64 (indices: against float64 distances of a sample); returns the relative RMS error."""
     got = step(case.ours, inputs, upstream, case.direction)()
     if case.search:
         z, codes = inputs[0][:4096].double(), inputs[1].double()
         true = (z @ codes.t() - (0 if case.search[3] else codes.square().sum(1) / 2)).argmax(1)
         assert torch.equal(got[:4096], true), f"{(got[:4096] != true).sum()} of 4096 differ from float64"
-        return
+        return 0.0
     if case.op == "draw_codes":  # exp rounds otherwise in PyTorch: a draw at the edge of two codes may differ
-        same = (got == case.eager(*inputs)).float().mean()
+        same = (got == case.eager(*inputs)).float().mean().item()
         assert same > 0.99, f"{same:.2%} of the codes are those of the PyTorch path"
-        return
-    part = [x[:2] if case.attention else x[:4096] if len(x) == TOKENS else x for x in inputs]
-    fewer = upstream and [g[: 2 if case.attention else 4096] for g in upstream]
-    got = step(case.ours, part, fewer, case.direction)()
-    true = step(case.eager, [x.double() for x in part], fewer and [g.double() for g in fewer], case.direction)()
+        return 0.0
+    rows = 2 if case.attention else min(len(inputs[0]) // 2, 4096)
+    fewer = case.op != "decode_attention"  # of the first dimension; weights stay whole
+    part = [x[:rows] if fewer and len(x) == len(inputs[0]) else x for x in inputs]
+    grads = upstream and [g[:rows] if fewer and g.dim() else g for g in upstream]
+    got = step(case.ours, part, grads, case.direction)()
+    true = step(case.eager, [x.double() for x in part], grads and [g.double() for g in grads], case.direction)()
+    errors = [0.0]
     for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (got, true)), strict=True):
-        assert (a - b).abs().max() <= case.tolerance * b.abs().max(), f"{case.op} {case.shape} {case.direction}"
+        worst, error = (a - b).abs().max() / b.abs().max(), (a - b).norm() / b.norm()
+        assert worst <= case.tolerance and error <= case.tolerance / 2, f"error {error:.2e}, at worst {worst:.2e}"
+        errors.append(error.item())
+    return max(errors)
 
 
 def replay(call):
     """What runs call on a GPU without the host: a captured CUDA graph of it."""
+    if bench.DEVICE != "cuda":
+        return call
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     return graph.replay
 
 
-def time_one(fn, inputs, upstream, direction, captured=False):
-    """p50, p20, p80 in ms and the peak memory in MiB above the inputs; None where it does not run or fit."""
-    from triton.testing import do_bench
-
-    try:
-        call = step(fn, inputs, upstream, direction)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        call = replay(call) if captured else call
-        return *do_bench(call, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8]), peak
-    except RuntimeError as error:
-        print(f"  {type(error).__name__}: {str(error).splitlines()[0]}")
-        return None
-    finally:
-        torch.cuda.empty_cache()
+def time_one(make, inputs, upstream, direction, captured, rep):
+    """p50, p20, p80 in ms and the peak memory in MiB above the inputs."""
+    call = step(make(), inputs, upstream, direction)
+    call()  # compiles
+    peak = bench.peak_mib(call)
+    call = replay(call) if captured else call
+    return *bench.time_ms(call, rep), peak
 
 
-def measure(case, top, about):
+def measure(case, top, quick=False, only_check=False):
     inputs, upstream = case.make()
-    row = dict(op=case.op, shape=case.shape, dtype=case.dtype, direction=case.direction)
-    row.update(predicted_ms=case.predicted_ms(top), floor_ms=case.floor_ms(top))
-    check(case, inputs, upstream)
-    contenders = dict(ours=lambda: case.ours, eager=lambda: case.eager, compile=lambda: torch.compile(case.eager))
-    contenders |= dict(library=lambda: case.library) if case.library else {}
+    row = dict(floor_ms=case.floor_ms(top), predicted_ms=case.predicted_ms(top), error=check(case, inputs, upstream))
+    if only_check:
+        return row
+    contenders = dict(ours=lambda: case.ours, eager=lambda: case.eager)
+    if not quick:
+        contenders |= dict(compile=lambda: compiled(case.eager)) | case.rivals
+        contenders |= dict(library=lambda: case.library) if case.library else {}
     times = {}
-    for name, make in (contenders | case.rivals).items():
-        torch._dynamo.reset()  # what was compiled for one backend of attention is not for the next
-        times[name] = time_one(make(), inputs, upstream, case.direction, case.captured)
+    for name, make in contenders.items():
+        bench.release_memory()  # what was compiled for one backend of attention is not for the next
+        try:
+            times[name] = time_one(make, inputs, upstream, case.direction, case.captured, 100 if quick else 300)
+        except Exception as error:  # a rival that does not run or fit here
+            if name == "ours":
+                raise
+            print(f"  {case.op} {case.shape}, {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
     row.update(zip(("ours_ms", "p20_ms", "p80_ms", "peak_mib"), times["ours"], strict=True))
     row["share_of_floor"] = row["floor_ms"] / row["ours_ms"]
     row["gb_per_s"], row["tflop_per_s"] = case.bytes / row["ours_ms"] / 1e6, case.flops / row["ours_ms"] / 1e9
     for name in ("eager", "compile", "library", *RIVALS):
         ms, _, _, peak = times.get(name) or (None,) * 4
         row.update({f"{name}_ms": ms, f"{name}_peak_mib": peak, f"vs_{name}": ms and ms / row["ours_ms"]})
-    return {**row, **about}
+    row["targets"] = ", ".join(f"{name} {value:g}" for name, value in case.targets.items())
+    row["missed"] = ", ".join(missed(case, row)) if bench.DEVICE == "cuda" else ""
+    return row
 
 
-def draw(folder):
-    """Speed-up over each baseline, from the CSV file."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    rows = list(csv.DictReader((folder / "kernels.csv").open()))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(rows)), layout="constrained")
-    for offset, name in enumerate(("eager", "compile", "library")):
-        values = [float(row[f"vs_{name}"] or 0) for row in rows]
-        axes.barh([y + 0.27 * (offset - 1) for y in range(len(rows))], values, height=0.25, label=name)
-    axes.set_yticks(range(len(rows)), [f"{row['op']} {row['shape']} {row['direction']}" for row in rows])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="speed-up of the Triton kernel, times", title=rows[0]["gpu"])
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(folder / "kernels.png", dpi=150)
-    pyplot.close(figure)
+def missed(case, row):
+    """The targets that a row misses, of those that it has a figure for."""
+    for name, value in case.targets.items():
+        if row[name] is not None and (row[name] > value if name.endswith("_ms") else row[name] < value):
+            yield name
 
 
-def about_machine(top):
-    import triton
+def draw(rows, path):
+    label = "{op} {shape} {direction}".format_map
+    series = dict(vs_eager="eager PyTorch", vs_compile="torch.compile", vs_library="library")
+    bench.bars(rows, label, series, path, "speed-up of our kernel, times")
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+
+def run_tests(seconds):
+    """The kernels' own tests on the GPU: odd sizes, strides, every dtype. Returns the exit code."""
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8 else []
     try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = torch.version.hip or "unknown"
-    versions = dict(driver=driver, torch=torch.__version__, triton=triton.__version__)
-    ceilings = dict(copy_tb_per_s=top.copy / 1e12, matmul_tflop_per_s=top.matmul / 1e12)
-    return dict(gpu=torch.cuda.get_device_name(), **versions, **ceilings)
-
-
-def show(row, columns):
-    cells = (row[name] for name in columns)
-    return "".join((f"{x:.3f}" if isinstance(x, float) else str(x if x is not None else "-")).rjust(16) for x in cells)
+        return subprocess.run([sys.executable, "-m", "pytest", *workers, *files], cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        print(f"the kernels' tests did not end within {seconds:.0f} s")
+        return 1
 
 
 def without_gpu(only):
+    import test_compile
+
     print("No GPU here: nothing is measured. Compiled ahead of time, instructions per element of a thread's hot loop:")
     print(test_compile.show(test_compile.table()))
     print("\nPredicted for one H100 (3.0 TB/s copy, 800 TFLOP/s bfloat16 matmul), not measured:")
@@ -438,37 +506,32 @@ def without_gpu(only):
             print(f"{case.op:>24}{case.shape:>24}{case.direction:>16}{times}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words=None):
+    parser = bench.parser(__doc__)
     parser.add_argument("--only", default="", help="operations whose name holds this (default: all)")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks", help="folder for the results")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--check", action="store_true", help="compare with float64 and run the tests; nothing is timed")
+    args = parser.parse_args(words)
+    if not torch.cuda.is_available() and not args.dry_run:
         return without_gpu(args.only)
-    kernels.use("triton")
-    torch.manual_seed(0)
-    top = measure_ceilings()
-    about = about_machine(top)
-    print(about)
-    folder = args.out / about["gpu"].replace(" ", "_").replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = ("op", "shape", "direction", "predicted_ms", "ours_ms", "share_of_floor", "peak_mib", "vs_eager",
-               "vs_compile", "vs_library")  # fmt: skip
-    print("".join(name.rjust(16) for name in columns))
-    with (folder / "kernels.csv").open("w", newline="") as file:
-        writer = None
-        for case in cases():
-            if args.only not in case.op:
-                continue
-            row = measure(case, top, about)
-            if writer is None:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(show(row, columns), flush=True)
-            draw(folder)
+    run = bench.Run(args, "check" if args.check else "kernels", None if args.check else draw)
+    shown = [key for *_, keys in README for key in keys]
+
+    def plan(sizes):
+        return [
+            (case.key, case.seconds(args.quick, args.check),
+             functools.partial(measure, case, run.top, args.quick, args.check))
+            for case in cases(sizes)
+            if args.only in case.op
+            and (not args.quick or sizes is TINY or (case.op, case.shape, case.direction) in shown)
+        ]  # fmt: skip
+
+    columns = ("op", "shape", "direction", "error", "predicted_ms", "ours_ms", "share_of_floor", "peak_mib", "vs_eager",
+               "vs_compile", "vs_library", "missed")  # fmt: skip
+    failed = run.measure(plan(Sizes()), columns, plan(TINY))
+    if args.check and not args.quick and not args.dry_run and not args.only:
+        failed = run_tests(max(60 * args.minutes - (time.monotonic() - run.began), 10)) or failed
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,16 +6,17 @@
     eager        our step without its CUDA graph; GPU only
     products     nothing but a step's matrix products, as PyTorch does them; CPU only
 
-On a GPU: B, L, XL, XXL, 3B at 24x24 codes, 16, 64 and 256 rows (half of them unconditional), bfloat16; rows go to
-benchmarks/<gpu>/sample.csv as they come, sample.png is drawn from that file. The floor is reading every weight and the
-mean valid cache once a step at the measured copy bandwidth. On a CPU: B at 16x16, 4 images with guidance, in float32
-and bfloat16, methods in turn. --dry-run: everything once, at a toy's size, for a test of this script.
+On a GPU: B, L, XL, XXL, 3B at 24x24 codes, 16 and 256 rows (half of them unconditional), bfloat16; rows go to
+benchmarks/<gpu>/sample.csv as they come, sample.png is drawn from that file. Before a row is timed, the codes drawn
+greedily are compared with a full forward pass. The floor is reading every weight and the mean valid cache once a step
+at the measured copy bandwidth, the prediction adds 1.5 us per kernel. A full-cache step costs the same at any position:
+64 steps stand for all. On a CPU: B at 16x16, 4 images with guidance, in float32 and bfloat16, methods in turn.
 
-    python tests/bench_sample.py [--presets L 3B] [--rows 16]
+    python tests/bench_sample.py [--presets L 3B] [--rows 16] [--quick | --dry-run]
 """
 
-import argparse
-import csv
+import functools
+import math
 import pathlib
 import platform
 import statistics
@@ -28,12 +29,18 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bench_kernels  # noqa: E402 - needs the path above
+import benchmark as bench  # noqa: E402 - needs the path above
 
+import kernels  # noqa: E402
 from gpt import GPT, PRESETS, GPTConfig, Linear, apply_rope  # noqa: E402
 from sample import LOOPS, generate, release  # noqa: E402
 
 CFG, TOP_K = 4.0, 2000
+TARGET_S = dict(zip(("B", "L", "XL", "XXL", "3B"), (0.20, 0.40, 0.75, 1.25, 2.0), strict=True))  # 16 rows, 576 codes
+TARGET_SHARE = 0.75  # of the floor, at 256 rows
+TARGET_VS = {"full cache": 10, "compiled": 1.4}  # at 16 rows
+SECONDS = {"B": 30, "L": 45, "XL": 65, "XXL": 85, "3B": 55}  # that a row of 16 takes on an H100, estimated
+STEPS = 64  # of a full cache that are timed
 
 
 def make_model(sizes, grid, dtype, device):
@@ -50,10 +57,12 @@ class FullCache:
     def __init__(self, model, images, compiled=False):
         c, self.model, self.images = model.config, model, images
         self.length, weight = c.grid[0] * c.grid[1], model.output.weight
-        shape = (c.n_layer, 2 * images, c.n_kv_head, self.length + 1, c.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        cache = weight.new_zeros(2 * images, c.n_kv_head, self.length + 1, c.head_dim)
+        self.k, self.v = ([torch.zeros_like(cache) for _ in range(c.n_layer)] for _ in range(2))
         self.seen = torch.ones(self.length + 1, self.length + 1, device=weight.device).tril().bool()
-        self.step = torch.compile(self.one, mode="reduce-overhead") if compiled else self.one
+        for cache in self.k + self.v if compiled else ():  # else what writes to them gets no CUDA graph
+            torch._dynamo.mark_static_address(cache)
+        self.step = bench.compiled(self.one, mode="reduce-overhead") if compiled else self.one
 
     def norm(self, x, layer):
         y = x.float()
@@ -77,16 +86,19 @@ class FullCache:
             x = x + f.w2(F.silu(F.linear(y, w1)) * F.linear(y, w3))
         cond, uncond = m.output(self.norm(x[:, -1:], m.norm))[:, 0].float().chunk(2)
         logits = uncond + CFG * (cond - uncond)
-        logits = logits.masked_fill(logits < logits.topk(TOP_K).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(TOP_K, logits.shape[1])).values[:, -1:], -torch.inf)
         p = logits.softmax(-1)
         return (p / torch.empty_like(p).exponential_(1)).argmax(-1, keepdim=True)  # multinomial, without its checks
 
     @torch.no_grad()
-    def __call__(self, cond):
+    def __call__(self, cond, steps=None):
         codes = torch.empty(self.images, self.length, dtype=torch.long, device=cond.device)
         x = self.model.cls_embedding(torch.cat([cond, self.model.cls_embedding.null(cond)]))
-        for i in range(self.length):
-            codes[:, i : i + 1] = self.step(x, torch.tensor([i], device=cond.device))
+        position = torch.zeros(1, dtype=torch.long, device=cond.device)
+        for i in range(steps or self.length):
+            torch.compiler.cudagraph_mark_step_begin()
+            codes[:, i : i + 1] = self.step(x, position)
+            position += 1
             x = self.model.tok_embeddings(codes[:, i : i + 1].repeat(2, 1))
         return codes
 
@@ -117,19 +129,19 @@ def products_seconds(model, rows):
     return (time.perf_counter() - began) / 20 * model.config.grid[0] * model.config.grid[1]
 
 
-def seconds(call, device):
+def seconds(call):
+    bench.synchronize()
     began = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    bench.synchronize()
     return time.perf_counter() - began
 
 
 def contenders_on_cpu(model, images):
     cond, other = torch.arange(images), FullCache(model, images)
     return {
-        "ours": lambda: seconds(lambda: generate(model, cond, cfg_scale=CFG, top_k=TOP_K), "cpu"),
-        "full cache": lambda: seconds(lambda: other(cond), "cpu"),
+        "ours": lambda: seconds(lambda: generate(model, cond, cfg_scale=CFG, top_k=TOP_K)),
+        "full cache": lambda: seconds(lambda: other(cond)),
         "products": lambda: products_seconds(model, 2 * images),
         "recompute": lambda: recompute_seconds(model, cond),
     }
@@ -163,104 +175,108 @@ def floor_seconds(model, rows, copy):
     return length * (weights + cache) * size / copy
 
 
-def contender_on_gpu(name, model, images):
-    cond = torch.arange(images, device="cuda")
-    if name in ("ours", "eager"):
-        def call():
-            generate(model, cond, cfg_scale=CFG, top_k=TOP_K)
-            if name == "eager":
-                LOOPS[model][1].graphs.clear()  # the next request steps without them
-        return call
-    other = FullCache(model, images, compiled=name == "compiled")
-    return lambda: other(cond)
+def predicted_seconds(model, rows, copy):
+    """The floor, and 1.5 us for each of 8 kernels a layer and 7 besides."""
+    return floor_seconds(model, rows, copy) + 1.5e-6 * (8 * model.config.n_layer + 7) * math.prod(model.config.grid)
 
 
-def time_on_gpu(name, model, images, rounds):
-    """Median seconds and the peak GiB above the weights; None where it does not run or fit."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+@torch.no_grad()
+def check(model, images=2):
+    """Greedy codes of generate() against the guided logits of full forward passes by the PyTorch path: how far below
+    the largest logit those of the drawn codes are, in standard deviations (a random code: about 4)."""
+    cond = torch.arange(images, device=bench.DEVICE)
+    codes = generate(model, cond, cfg_scale=CFG, greedy=True).flatten(1)
+    release(model)
+    mode = kernels.use("torch")
     try:
-        call = contender_on_gpu(name, model, images)
-        call()  # compiles, captures
-        times = [seconds(call, "cuda") for _ in range(rounds if name in ("ours", "compiled") else 1)]
-        return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 2**30
-    except RuntimeError as error:
-        print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return None, None
+        given = torch.cat([cond, model.cls_embedding.null(cond)])
+        cond, uncond = model(codes[:, :-1].repeat(2, 1), given)[0].chunk(2)
     finally:
-        release(model)
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        kernels.use(mode)
+    logits = uncond + CFG * (cond - uncond)
+    drawn = logits.gather(2, codes[..., None])[..., 0]
+    gap = ((logits.amax(2) - drawn) / logits.std(2)).mean().item()
+    assert gap < 0.5, f"the codes drawn are {gap:.2f} standard deviations below the likeliest"
+    return gap
 
 
-def on_gpu(presets, all_rows, grid, rounds, folder):
-    top = bench_kernels.measure_ceilings()
-    about = bench_kernels.about_machine(top)
-    print(about)
-    folder = folder / about["gpu"].replace(" ", "_").replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "sample.csv").open("w", newline="") as file:
-        writer = None
-        for preset in presets:
-            model = make_model(PRESETS[preset], grid, torch.bfloat16, "cuda")
-            for rows in all_rows:
-                row = dict(preset=preset, rows=rows, codes=grid[0] * grid[1], dtype="bfloat16")
-                row["floor_s"] = floor_seconds(model, rows, top.copy)
-                for name in ("ours", "full cache", "compiled", "eager"):
-                    row[f"{name}_s"], row[f"{name}_gib"] = time_on_gpu(name, model, rows // 2, rounds)
-                ours = row["ours_s"]
-                row["ms_per_step"] = ours and 1e3 * ours / row["codes"]
-                row["images_per_s"] = ours and rows / 2 / ours
-                row["share_of_floor"] = ours and row["floor_s"] / ours
-                for name in ("full cache", "compiled", "eager"):
-                    row[f"vs_{name}"] = ours and row[f"{name}_s"] and row[f"{name}_s"] / ours
-                row |= about
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in about})
-                draw(folder)
-            del model
+def time_method(name, model, images, rounds):
+    """Median seconds for all codes of an image and the peak GiB above the weights."""
+    cond, length = torch.arange(images, device=bench.DEVICE), math.prod(model.config.grid)
+    settings = dict(cfg_scale=CFG, top_k=TOP_K)
+    before = torch.cuda.memory_allocated() if bench.DEVICE == "cuda" else 0
+    if bench.DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if name in ("ours", "eager"):
+        generate(model, cond, **settings)  # compiles, captures
+        if name == "eager":
+            LOOPS[model][1].graphs.clear()
+        times = [seconds(lambda: generate(model, cond, **settings)) for _ in range(rounds)]
+    else:
+        other, steps = FullCache(model, images, compiled=name == "compiled"), min(STEPS, length)
+        other(cond, min(8, length))  # compiles, captures
+        times = [length / steps * seconds(lambda: other(cond, steps)) for _ in range(rounds)]
+    peak = torch.cuda.max_memory_allocated() if bench.DEVICE == "cuda" else 0
+    return statistics.median(times), (peak - before) / 2**30
 
 
-def draw(folder):
-    """Seconds by preset and rows, every method and the floor, from the CSV file."""
-    import matplotlib
+def measure(preset, rows, grid, methods, rounds, top):
+    model = make_model(PRESETS[preset], grid, torch.bfloat16, bench.DEVICE)
+    row = dict(floor_s=floor_seconds(model, rows, top.copy), predicted_s=predicted_seconds(model, rows, top.copy))
+    row["gap"] = check(model)
+    for name in ("ours", "full cache", "compiled", "eager"):
+        row[f"{name}_s"] = row[f"{name}_gib"] = None
+        bench.release_memory()
+        try:
+            if name in methods:
+                row[f"{name}_s"], row[f"{name}_gib"] = time_method(name, model, rows // 2, rounds)
+        except Exception as error:  # a rival that does not run or fit here
+            if name == "ours":
+                raise
+            print(f"  {preset}, {rows} rows, {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        finally:
+            release(model)
+    ours = row["ours_s"]
+    row |= dict(ms_per_step=1e3 * ours / math.prod(grid), images_per_s=rows / 2 / ours)
+    row["share_of_floor"] = row["floor_s"] / ours
+    for name in ("full cache", "compiled", "eager"):
+        row[f"vs_{name}"] = row[f"{name}_s"] and row[f"{name}_s"] / ours
+    return row
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
-    rows = list(csv.DictReader((folder / "sample.csv").open()))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.6 * len(rows)), layout="constrained")
-    names = ("floor", "ours", "compiled", "full cache", "eager")
-    for i, name in enumerate(names):
-        values = [float(row[f"{name}_s"] or 0) for row in rows]
-        axes.barh([y + 0.16 * (i - 2) for y in range(len(rows))], values, height=0.15, label=name)
-    axes.set_yticks(range(len(rows)), [f"{row['preset']}, {row['rows']} rows" for row in rows])
-    axes.set(xscale="log", xlabel=f"seconds for {rows[0]['codes']} codes", title=rows[0]["gpu"])
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(folder / "sample.png", dpi=150)
-    pyplot.close(figure)
+def draw(rows, path):
+    """Seconds by preset and rows, every method and the floor."""
+    series = dict(floor_s="floor", ours_s="ours", compiled_s="compiled full cache", eager_s="ours without CUDA graph")
+    label = "{preset}, {rows} rows".format_map
+    bench.bars(rows, label, series | {"full cache_s": "full cache"}, path, f"seconds for {rows[0]['codes']} codes")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["B", "L", "XL", "XXL", "3B"], choices=list(PRESETS))
-    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256], help="images and unconditional rows")
+def main(words=None):
+    parser = bench.parser(__doc__)
+    parser.add_argument("--presets", nargs="+", default=["B", "L", "XL", "XXL", "3B"], choices=list(TARGET_S))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 256], help="images and unconditional rows")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks", help="folder for the results")
-    parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
-    if torch.cuda.is_available():
-        presets, rows, grid = (["tiny"], [4], (2, 3)) if args.dry_run else (args.presets, args.rows, (24, 24))
-        return on_gpu(presets, rows, grid, args.rounds, args.out)
-    if args.dry_run:
-        return on_cpu(dict(PRESETS["tiny"], vocab_size=4096), (2, 4), 2, 1)
-    return on_cpu(PRESETS["B"], (16, 16), 4, args.rounds)
+    args = parser.parse_args(words)
+    if not torch.cuda.is_available() and not args.dry_run:
+        on_cpu(PRESETS["B"], (16, 16), 4, args.rounds)
+        return 0
+    run = bench.Run(args, "sample", draw)
+
+    def plan(presets, all_rows, grid):
+        for rows in all_rows:
+            for preset in presets:
+                methods = ("ours", "full cache") if args.quick else ("ours", "full cache", "eager", "compiled")
+                methods = methods if rows < 256 else methods[:2]  # compiling takes minutes: once per model
+                estimate = 8 if args.quick else SECONDS.get(preset, 0) if rows < 256 else 0.4 * SECONDS.get(preset, 0)
+                key = dict(preset=preset, rows=rows, codes=math.prod(grid), dtype="bfloat16")
+                yield key, estimate, functools.partial(measure, preset, rows, grid, methods, args.rounds, run.top)
+
+    presets, all_rows = (["B", "L"], [16]) if args.quick else (args.presets, args.rows)
+    columns = ("preset", "rows", "floor_s", "predicted_s", "ours_s", "share_of_floor", "images_per_s", "vs_full cache",
+               "vs_compiled", "vs_eager", "ours_gib")  # fmt: skip
+    tiny = [(key, 0, measure) for key, _, measure in plan(["tiny"], [4, 256], (2, 3))] if args.dry_run else []
+    return int(run.measure(list(plan(presets, all_rows, (24, 24))), columns, tiny))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Every kernel and configuration that may be picked, compiled ahead of time for four GPUs; needs none of them.
 
 Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
-search and in attention, copies of 16 bytes of cached keys and values. `python tests/test_compile.py` prints the table.
+search and in attention, copies of 16 bytes of cached keys and values. `python tests/test_compile.py [sm_90 ...]` prints
+the table.
 """
 
 import collections
@@ -240,10 +241,11 @@ def compile_case(target, index):
     return row
 
 
-def table():
-    """All rows, by two processes at a time without the interpreter."""
+def table(targets=()):
+    """All rows (of these targets), by two processes at a time without the interpreter."""
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "NANOLLAMAGEN_KERNELS")}
-    out = subprocess.run([sys.executable, __file__, "--json"], env=env, capture_output=True, text=True, check=False)
+    words = [sys.executable, __file__, "--json", *targets]
+    out = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-4000:]
     return json.loads(out.stdout)
 
@@ -259,9 +261,9 @@ def show(rows):
     return "\n".join(lines)
 
 
-def compile_all():
+def compile_all(targets):
     sys.path.insert(0, str(ROOT))
-    jobs = [(target, index) for target in TARGETS for index in range(len(list(cases(target))))]
+    jobs = [(target, index) for target in targets or TARGETS for index in range(len(list(cases(target))))]
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=2))
 
@@ -287,5 +289,6 @@ def test_compile(capsys):
 
 
 if __name__ == "__main__":
-    compiled = compile_all() if "--json" in sys.argv else table()
-    print(json.dumps(compiled) if "--json" in sys.argv else show(compiled))
+    as_json, asked = "--json" in sys.argv, [name for name in sys.argv[1:] if name in TARGETS]
+    compiled = compile_all(asked) if as_json else table(asked)
+    print(json.dumps(compiled) if as_json else show(compiled))

