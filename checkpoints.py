@@ -146,6 +146,8 @@ def fill(parts, path, args):
             raise ValueError("no --fsdp: go on without, or from the weights with --init")
         else:
             for name, part in parts.items():
+                if not isinstance(part, Module):  # rates and decays are those of this run
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
     except Unreadable:
         raise
