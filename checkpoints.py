@@ -92,6 +92,7 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
             if folder:
                 save_file(fresh / REST, state)
             else:
+                remove(fresh)  # a killed sharded run may have left a folder
                 save_file(fresh, state | {name: part.state_dict() for name, part in parts.items()})
             if path.exists():
                 keep(path, path.name + ".previous")
@@ -146,6 +147,8 @@ def fill(parts, path, args):
             raise ValueError("no --fsdp: go on without, or from the weights with --init")
         else:
             for name, part in parts.items():
+                if not isinstance(part, Module):  # rates and decays are those of this run
+                    state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
     except Unreadable:
         raise
@@ -201,7 +204,10 @@ class Index(pickle.Unpickler):
 class Reader(dcp.FileSystemReader):
     def read_metadata(self):
         with open(Path(self.path) / ".metadata", "rb") as file:
-            return Index(file).load()
+            index = Index(file).load()
+        if any(Path(piece.relative_path).name != piece.relative_path for piece in index.storage_data.values()):
+            raise pickle.UnpicklingError("pieces outside of the folder")
+        return index
 
 
 def load_shards(path, parts):
@@ -214,6 +220,9 @@ def load_shards(path, parts):
         saved = reader.read_metadata().state_dict_metadata
     except Exception as error:  # a broken pickle raises whatever it likes
         raise Unreadable(f"{path}: not a readable checkpoint ({str(error)[:120]})") from None
+    models = tensors({kind: part for kind, part in parts.items() if isinstance(part, Module)})
+    if surplus := [name for name in saved if isinstance(parts[name.split(".")[0]], Module) and name not in models]:
+        raise ValueError(f"it holds {surplus[0]}, too")
     parameters = dict(parts["model"].named_parameters())
     for name, found in saved.items():
         kind, rest = name.split(".", 1)

@@ -164,7 +164,7 @@ def read_weights(path):
     The weights are under "ema", "model", "module" or "state_dict", in that order, or are the file itself (FSDP).
     """
     content = read_file(path)
-    if "elapsed" in content and "rng" in content:
+    if "elapsed" in content and "own" in content:
         raise ValueError(f"{path} is a training state, for --resume: the model is the other .pt file beside it")
     keys = ("ema", "model", "module", "state_dict")
     weights = next((content[k] for k in keys if isinstance(content.get(k), dict) and content[k]), content)

@@ -22,7 +22,7 @@ from common import launched, pick_device
 def processes(device_name):
     """Join torchrun's processes, if it started this one; yields (device, rank, number of processes)."""
     (rank, world), device = launched(), pick_device(device_name)
-    if world == 1 and "MASTER_ADDR" not in os.environ:
+    if world == 1 and "RANK" not in os.environ:
         yield device, rank, world
         return
     if device.type == "cuda":

@@ -150,6 +150,12 @@ def bytes_for_a_tensor(index):
     index.state_dict_metadata["model.norm.weight"] = metadata.BytesStorageMetadata()
 
 
+def a_piece_elsewhere(index):
+    """An absolute path, of a file that could be read."""
+    first = next(iter(index.storage_data.values()))
+    first.relative_path = os.path.abspath(first.relative_path)
+
+
 DAMAGE = {
     "no index": lambda path: (path / ".metadata").unlink(),
     "empty index": lambda path: (path / ".metadata").write_bytes(b""),
@@ -157,6 +163,7 @@ DAMAGE = {
     "trap": lambda path: (path / ".metadata").write_bytes(pickle.dumps(Trap())),
     "trap within": lambda path: rewrite(path, lambda index: setattr(index, "planner_data", Trap())),
     "bytes": lambda path: rewrite(path, bytes_for_a_tensor),
+    "elsewhere": lambda path: rewrite(path, a_piece_elsewhere),
     "half the pieces": lambda path: (path / "__1_0.distcp").unlink(),
     "half a piece": lambda path: os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2),
     "piece of traps": lambda path: (path / "__1_0.distcp").write_bytes(traps((path / "__1_0.distcp").stat().st_size)),
@@ -179,6 +186,7 @@ def test_damaged_pieces_leave_those_before(damage, twice, codes, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     options = gpt_options(codes, *FSDP[1:], "--max-steps", 5, "--resume", "auto")
     DAMAGE[damage](out / "state.pt")
+    (out / "state.pt.tmp").mkdir()  # of a run that was killed while it saved
     run(train_gpt, monkeypatch, out, *options)
     assert f"{out / 'state.pt'}" in caplog.text and f"going on from {out / 'state.pt.previous'}" in caplog.text
     assert load(out / "state.pt")["step"] == 5
@@ -205,6 +213,11 @@ def test_what_does_not_fit_is_refused(twice, codes, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{twice / 'state.pt'} .*{message}"):
             run(train_gpt, monkeypatch, twice, *gpt_options(codes, *FSDP[1:], *change, "--max-steps", 5, "--resume"))
     assert sorted(os.listdir(twice)) == before
+    out = tmp_path / "more"
+    checkpoints.shutil.copytree(twice, out)
+    rewrite(out / "state.pt", lambda index: index.state_dict_metadata.update({"model.x": None}))
+    with pytest.raises(ValueError, match="other options .it holds model.x, too"):
+        run(train_gpt, monkeypatch, out, *gpt_options(codes, *FSDP[1:], "--max-steps", 5, "--resume"))
     with pytest.raises(ValueError, match="--fsdp shards over torchrun's processes"):
         run(train_gpt, monkeypatch, tmp_path / "x", *gpt_options(codes, *FSDP))
     run(train_gpt, monkeypatch, tmp_path / "y", *gpt_options(codes, "--max-steps", 1))
@@ -249,6 +262,31 @@ def test_a_full_disk_leaves_the_last_pieces(disk, codes, tmp_path):
     assert "step 5, the last" not in said and load(out / "state.pt" / "rest.pt")["step"] == 6
     assert {name for name in os.listdir(out) if name.startswith("state")} == {
         "state.pt", "state.pt.previous", "state_0000002.pt", "state_0000006.pt"}  # fmt: skip
+
+
+def one_cannot_write(rank, number):
+    """Process `rank` has no room: the second one for its pieces number `number`, the first one for that file."""
+    owner, name = (checkpoints.Writer, "write_data") if rank else (checkpoints, "save_file")
+    write, calls = getattr(owner, name), []
+
+    def full(*args):
+        calls.append(1)
+        if os.environ["RANK"] == str(rank) and len(calls) == number:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    setattr(owner, name, full)
+
+
+@pytest.mark.parametrize("rank, number, end, steps", [(1, 2, 0, (3, 1)), (1, 3, 2, (2, 1)), (0, 6, 2, (2, 1))])
+def test_what_one_cannot_write_nobody_takes_for_written(rank, number, end, steps, codes, tmp_path):
+    """Three saves; in each the first process writes gpt.pt and rest.pt."""
+    out, options = tmp_path / "run", (*FSDP, "--max-steps", 3, "--save-every", 1)
+    children = start_gpt(out, codes, *options, world=2, before=partial(one_cannot_write, rank, number))
+    assert finish(children) == [end, end]
+    assert f"no checkpoint at step {number if rank else 3}, the last one stands" in (tmp_path / "run.0").read_text()
+    found = [load(out / name / "rest.pt")["step"] for name in ("state.pt", "state.pt.previous")]
+    assert tuple(found) == steps and not list(out.glob("*.tmp"))
 
 
 def bad_sharded_step():

@@ -357,6 +357,35 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
     assert series(found, "step") == [1, 1, 2, 2]
 
 
+def test_a_resumed_run_decays_as_its_own_options_say(codes, tmp_path, monkeypatch):
+    options = gpt_options(codes, "--max-steps")
+    run(train_gpt, monkeypatch, tmp_path, *options, 1)
+    run(train_gpt, monkeypatch, tmp_path, *options, 2, "--weight-decay", 0.7, "--beta2", 0.5, "--resume")
+    state = load(tmp_path / "state.pt")["adamw"]
+    assert [(group["weight_decay"], group["betas"]) for group in state["param_groups"]] == [
+        (0.7, (0.9, 0.5)), (0.0, (0.9, 0.5))]  # fmt: skip
+    assert state["state"][0]["step"] == 2
+
+
+def test_a_training_state_is_no_model(codes, tmp_path, monkeypatch):
+    run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 1))
+    with pytest.raises(ValueError, match="state.pt is a training state, for --resume: the model is the other .pt file"):
+        common.read_weights(tmp_path / "state.pt")
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(codes, tmp_path, monkeypatch):
+    def broken(model, *args, update=training.update):
+        norm = update(model, *args)
+        if (tmp_path / "state.pt").exists():
+            model.output.weight.data[1, 2] = math.inf
+        return norm
+
+    monkeypatch.setattr(training, "update", broken)
+    with pytest.raises(ValueError, match="the weights are not finite at step 2: the last checkpoint stands"):
+        run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 3, "--save-every", 1))
+    assert load(tmp_path / "state.pt")["step"] == load(tmp_path / "gpt.pt")["step"] == 1
+
+
 @pytest.fixture(params=["tmpfs", "patched"])
 def disk(request, tmp_path, monkeypatch):
     """(folder, function that leaves so many free bytes on its disk, or None: as many as there were)."""
