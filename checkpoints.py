@@ -210,6 +210,14 @@ class Reader(dcp.FileSystemReader):
         return index
 
 
+def why(error):
+    """What is wrong with a folder, in a few words."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    first = (str(error).strip().splitlines() or ["cut short"])[0]
+    return "a piece holds more than weights" if "Weights only" in first else first[:120]
+
+
 def load_shards(path, parts):
     """Every process reads its pieces into `parts`; optimizers get the memory that the folder tells of.
 
@@ -219,7 +227,7 @@ def load_shards(path, parts):
     try:
         saved = reader.read_metadata().state_dict_metadata
     except Exception as error:  # a broken pickle raises whatever it likes
-        raise Unreadable(f"{path}: not a readable checkpoint ({str(error)[:120]})") from None
+        raise Unreadable(f"{path}: not a readable checkpoint ({why(error)})") from None
     models = tensors({kind: part for kind, part in parts.items() if isinstance(part, Module)})
     if surplus := [name for name in saved if isinstance(parts[name.split(".")[0]], Module) and name not in models]:
         raise ValueError(f"it holds {surplus[0]}, too")
@@ -239,7 +247,7 @@ def load_shards(path, parts):
         dcp.load(want, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise Unreadable(f"{path}: not a readable checkpoint ({str(reason)[:120]})") from None
+        raise Unreadable(f"{path}: not a readable checkpoint ({why(reason)})") from None
 
 
 def check_finite(model, step):

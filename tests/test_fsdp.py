@@ -156,44 +156,53 @@ def a_piece_elsewhere(index):
     first.relative_path = os.path.abspath(first.relative_path)
 
 
-DAMAGE = {
-    "no index": lambda path: (path / ".metadata").unlink(),
-    "empty index": lambda path: (path / ".metadata").write_bytes(b""),
-    "half an index": lambda path: os.truncate(path / ".metadata", 500),
-    "trap": lambda path: (path / ".metadata").write_bytes(pickle.dumps(Trap())),
-    "trap within": lambda path: rewrite(path, lambda index: setattr(index, "planner_data", Trap())),
-    "bytes": lambda path: rewrite(path, bytes_for_a_tensor),
-    "elsewhere": lambda path: rewrite(path, a_piece_elsewhere),
-    "half the pieces": lambda path: (path / "__1_0.distcp").unlink(),
-    "half a piece": lambda path: os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2),
-    "piece of traps": lambda path: (path / "__1_0.distcp").write_bytes(traps((path / "__1_0.distcp").stat().st_size)),
-    "no rest": lambda path: os.truncate(path / "rest.pt", 0),
-}
+MISPLACED = " has no place in an index"
+DAMAGE = {  # as the README lists it
+    "no index": (lambda path: (path / ".metadata").unlink(), ".metadata: No such file or directory"),
+    "an empty index": (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
+    "half an index": (lambda path: os.truncate(path / ".metadata", 500), "pickle data was truncated"),
+    "an index with code": (lambda path: (path / ".metadata").write_bytes(pickle.dumps(Trap())),
+                           f"posix.mkdir{MISPLACED}"),
+    "within": (lambda path: rewrite(path, lambda index: setattr(index, "planner_data", Trap())),
+                    f"posix.mkdir{MISPLACED}"),
+    "bytes": (lambda path: rewrite(path, bytes_for_a_tensor),
+              f"torch.distributed.checkpoint.metadata.BytesStorageMetadata{MISPLACED}"),
+    "elsewhere": (lambda path: rewrite(path, a_piece_elsewhere), "pieces outside of the folder"),
+    "a piece missing": (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file or directory"),
+    "half a piece": (lambda path: os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2),
+                     ""),
+    "a piece with code": (lambda path: traps(path / "__1_0.distcp"), "a piece holds more than weights"),
+    "no rest": (lambda path: os.truncate(path / "rest.pt", 0), ""),
+}  # fmt: skip
 
 
-def traps(size):
-    file = io.BytesIO()
+def traps(path):
+    file, size = io.BytesIO(), path.stat().st_size
     torch.save(Trap(), file)
-    return (file.getvalue() * size)[:size]
+    path.write_bytes((file.getvalue() * size)[:size])
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_pieces_leave_those_before(damage, twice, codes, tmp_path, monkeypatch, caplog, capsys):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_pieces_leave_those_before(name, twice, codes, tmp_path, monkeypatch, caplog, capsys):
     """Read by one process, unsharded: the same code, which would see a trap go off."""
     out = tmp_path / "run"
     checkpoints.shutil.copytree(twice, out)
     monkeypatch.chdir(tmp_path)
     options = gpt_options(codes, *FSDP[1:], "--max-steps", 5, "--resume", "auto")
-    DAMAGE[damage](out / "state.pt")
+    damage, reason = DAMAGE[name]
+    damage(out / "state.pt")
     (out / "state.pt.tmp").mkdir()  # of a run that was killed while it saved
     run(train_gpt, monkeypatch, out, *options)
     assert f"{out / 'state.pt'}" in caplog.text and f"going on from {out / 'state.pt.previous'}" in caplog.text
+    assert f"not a readable checkpoint ({reason}" in caplog.text
+    assert " " not in name or not reason or (
+        f"| {name} | not a readable checkpoint ({reason}) |" in test_training.README)  # fmt: skip
     assert load(out / "state.pt")["step"] == 5
     for path in (out / "state.pt", out / "state.pt.previous"):
         checkpoints.remove(path)
         checkpoints.shutil.copytree(twice / "state.pt", path)
-        DAMAGE[damage](path)
+        damage(path)
     with pytest.raises(SystemExit, match="2"):
         command_line.cli(lambda: run(train_gpt, monkeypatch, out, *options))
     said = capsys.readouterr().err.splitlines()[-1]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ pictures, codes, tiny_presets = test_train.pictures, test_train.codes, test_trai
 FILES = {train_gpt: "gpt.pt", train_vq: "vq.pt"}
 BARE = ("--dropout", 0, "--cond-dropout", 0, "--lr", 1e-3)
 load = partial(torch.load, weights_only=True)
+README = (Path(__file__).parent.parent / "README.md").read_text()
 SERVER = multiprocessing.get_context("forkserver")  # has imported everything: each process is cheap, may be killed
 
 
@@ -314,28 +316,32 @@ class Trap:
         return os.mkdir, ("trap",)
 
 
-DAMAGE = {
-    "truncated": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
-    "empty": lambda path: os.truncate(path, 0),
-    "pickle": lambda path: path.write_bytes(pickle.dumps({"model": Trap()})),
-    "trap": lambda path: torch.save({"model": Trap()}, path),
-}
+DAMAGE = {  # as the README lists it
+    "cut short": (lambda path: os.truncate(path, path.stat().st_size * 2 // 3), "cut short"),
+    "empty": (lambda path: os.truncate(path, 0), "cut short"),
+    "a pickle with code": (lambda path: path.write_bytes(pickle.dumps({"model": Trap()})),
+                           "torch.save wrote no such file"),
+    "a file of torch.save with code": (lambda path: torch.save({"model": Trap()}, path),
+                                       "it holds more than weights and plain values"),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_state_leaves_the_one_before(damage, codes, tmp_path, monkeypatch, caplog, capsys):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_state_leaves_the_one_before(name, codes, tmp_path, monkeypatch, caplog, capsys):
     options, out = gpt_options(codes, "--max-steps", 4, "--save-every", 3, "--lr", 1e-3), tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     run(train_gpt, monkeypatch, out, *options)
     whole, state, before = load(out / "gpt.pt"), out / "state.pt", out / "state.pt.previous"
     assert (load(state)["step"], load(before)["step"]) == (4, 3)
-    DAMAGE[damage](state)
+    damage, reason = DAMAGE[name]
+    damage(state)
     run(train_gpt, monkeypatch, out, *options, "--resume")
-    assert re.search(f"{state}: not a readable checkpoint .*going on from {before}", caplog.text)
+    assert f"{state}: not a readable checkpoint ({reason}); going on from {before}" in caplog.text
+    assert f"| {name} | not a readable checkpoint ({reason}) |" in README
     assert same(load(out / "gpt.pt"), whole) and load(state)["step"] == 4
     for path in (state, before):
-        DAMAGE[damage](path)
+        damage(path)
     with pytest.raises(SystemExit, match="2"):
         command_line.cli(lambda: run(train_gpt, monkeypatch, out, *options, "--resume", "auto"))
     assert f"error: {before}: not a readable checkpoint" in capsys.readouterr().err.splitlines()[-1]
