@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import metadata
 import checkpoints
 import command_line
 import distributed
+import gpt
 import train_gpt
 import training
 from gpt import GPT, GPTConfig
@@ -39,14 +40,14 @@ def weights(out):
 
 KINDS = {
     "adamw": ("--micro-batch-size", 2, "--activation-checkpointing", "--ema", 0.9),
-    "code features": ("--code-features", "--n-kv-head", 1),
+    "code features": ("--code-features", "--n-kv-head", 1, "--eval-images", 1),  # fewer than processes
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_sharded_processes_train_what_one_does(kind, codes, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    options = (*BARE, *KINDS[kind], "--max-steps", 20, *FSDP[1:])
+    options = (*BARE, "--max-steps", 20, *FSDP[1:], *KINDS[kind])
     children = start_gpt(one, codes, *options) + start_gpt(two, codes, *options, "--fsdp", world=2)
     assert finish(children) == [0, 0, 0]
     assert set(os.listdir(one)) == set(os.listdir(two)) and len(series(rows(two), "loss")) == 20
@@ -334,6 +335,14 @@ def test_a_bad_step_of_one_changes_no_piece(tmp_path):
         assert [bool(norm.isfinite()) for norm in norms] == [True, True, False, True]
         assert same(states, second[key][0]) and same(states[1], states[2])
         assert not same(states[0], states[1]) and not same(states[2], states[3])
+
+
+def test_activations_are_computed_again_where_asked(codes, tmp_path, monkeypatch):
+    calls, checkpoint = [], gpt.checkpoint
+    monkeypatch.setattr(gpt, "checkpoint", lambda *args, **how: calls.append(1) or checkpoint(*args, **how))
+    for more, n in (((), 0), (("--activation-checkpointing",), 2 * 3)):  # blocks, steps
+        run(train_gpt, monkeypatch, tmp_path / str(n), *gpt_options(codes, "--max-steps", 3, *more))
+        assert len(calls) == n
 
 
 def test_activations_computed_again_give_the_same_gradients():
