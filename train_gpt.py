@@ -216,12 +216,14 @@ def train(args, device, rank, world, asked):
 
     def picture(name):
         painter = unsharded(best)
-        if rank == 0:
-            how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-            images, _ = paint(vq, painter.to(device), *(x.to(device) for x in sample_cond), **how)
-            release(painter)  # training needs the memory
-            with training.dispensable(name):
-                common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
+        if rank > 0:
+            return
+        how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
+        with training.dispensable(name):
+            painter = painter if painter is best else painter.to(device)
+            images, _ = paint(vq, painter, *(x.to(device) for x in sample_cond), **how)
+            common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
+        release(painter)  # training needs the memory
 
     peak = training.peak_flops(device, dtype)
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)

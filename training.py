@@ -193,10 +193,10 @@ def advice(args, what):
 
 @contextmanager
 def dispensable(what):
-    """A picture or plot, whose place on a full disk is a warning."""
+    """A picture or plot: on a full disk, or without the memory for it, a warning."""
     try:
         yield
-    except OSError as error:
+    except (OSError, torch.OutOfMemoryError) as error:
         log.warning("%s could not be written: %s", what, error)
 
 
