@@ -74,7 +74,7 @@ def predicted_ms(model, side, top):
     moved = tokens * c.n_layer * (76 * c.dim + 16 * c.ffn_dim) / bench_kernels.SHARE_BWD
     attention = next(case for case in bench_kernels.attention_case(micro, side * side, c.n_head, c.head_dim)
                      if case.direction == "fwd+bwd").predicted_ms(top)  # fmt: skip
-    one = products + (moved + bench_kernels.LOGIT_BYTES * logits + 12 * size) / top.copy
+    one = products + (moved + bench_kernels.loss_bytes(tokens, c.dim, c.vocab_size) + 12 * size) / top.copy
     return steps * (1e3 * one + c.n_layer * attention) + 1e3 * 40 * size / top.copy
 
 

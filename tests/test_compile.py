@@ -57,7 +57,8 @@ class FakeDriver:
 
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
-    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases):
+    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases,
+                   loss_cases):  # fmt: skip
         yield from family(target)
 
 
@@ -175,6 +176,19 @@ def drawing_cases(target):
     config = dict(file.launch_config(CODES), GUIDED=True, GREEDY=True, TOP_K=False, TOP_P=False)
     args = ("bfloat16", "bfloat16", "int64", "int64", CODES, CODES, 64, CODES, CODES, 2.0, 1.0, 0, 1.0)
     yield "draw greedy", file._draw_codes_kernel, args, config, CODES / threads(config, target), 1
+
+
+def loss_cases(target):
+    """A row of logits, also of an odd width; on sm_90 in other dtypes and at small models' widths too."""
+    file, runs = importlib.import_module("kernels.cross_entropy"), [(CODES, "bfloat16"), (50257, "bfloat16")]
+    if target == "sm_90":
+        runs += [(CODES, "float32"), (CODES, "float16"), *((V, "bfloat16") for V in (53, 256, 4096))]
+    for V, x in runs:
+        for gradient in (True, False):
+            config = dict(file.launch_config(V), GRADIENT=gradient)
+            name, args = f"loss V={V} {x}" + " + gradient" * gradient, (x, "int64", "float32", V, V)
+            per = min(V, config["BLOCK_V"]) / threads(config, target)
+            yield name, file._softmax_loss_kernel, args, config, per, 1
 
 
 def sass(cubin):

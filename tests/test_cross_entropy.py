@@ -1,11 +1,34 @@
+"""Loss and gradients against float64: the PyTorch path on the CPU, the kernel on a GPU or under the interpreter."""
+
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
 from gpt import GPT, GPTConfig
-from kernels import cross_entropy
-from kernels.cross_entropy import linear_cross_entropy_ref
+from kernels.cross_entropy import linear_cross_entropy_ref, softmax_loss_ref
+
+cross_entropy = importlib.import_module("kernels.cross_entropy")
+GPU = torch.cuda.is_available()
+HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter cannot do bfloat16
+UNIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+paths = pytest.mark.parametrize("device", ["torch", "triton"], indirect=True)
+needs_kernel = pytest.mark.parametrize("device", ["triton"], indirect=True)
+
+
+@pytest.fixture
+def device(request):
+    """Where the path's tensors are. The kernel finds every torch.empty filled with NaN, so that a gap shows."""
+    if request.param == "triton" and not (GPU or kernels.INTERPRETED):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    before = kernels.use(request.param)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(request.param == "triton", warn_only=True)
+    yield "cuda" if GPU and request.param == "triton" else "cpu"
+    torch.use_deterministic_algorithms(False)
+    kernels.use(before)
 
 
 def both(fn, x, weight, targets, scale=1.0):
@@ -18,47 +41,145 @@ def both(fn, x, weight, targets, scale=1.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [1, 7 * 53, 2**25], ids=["one row", "seven rows and a rest", "one chunk"])
-def test_against_float64_and_the_plain_version(chunk, dtype, monkeypatch):
+@paths
+def test_against_float64_and_the_plain_version(chunk, dtype, monkeypatch, device):
     """No further from float64 than twice the plain version of the same dtype, whatever the gradient from above."""
+    if dtype == torch.bfloat16 and device == "cpu" and kernels.mode() == "triton":
+        pytest.skip("the interpreter cannot do bfloat16")
     monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
-    torch.manual_seed(0)
-    x, weight, targets = torch.randn(33, 24, dtype=dtype), torch.randn(53, 24, dtype=dtype), torch.randint(53, (33,))
+    monkeypatch.setattr(cross_entropy, "CHUNK_REF", chunk)
+    x, weight = (torch.randn(n, 24, device=device).to(dtype) for n in (33, 53))
+    targets = torch.randint(53, (33,), device=device)
     exact = both(lambda x, w, t: F.cross_entropy(x @ w.T, t), x.double(), weight.double(), targets, -2.5)
     plain = both(linear_cross_entropy_ref, x, weight, targets, -2.5)
     found = both(kernels.linear_cross_entropy, x, weight, targets, -2.5)
     for mine, theirs, want in zip(found, plain, exact, strict=True):
-        unit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-        assert (mine - want).abs().max() <= 2 * (theirs - want).abs().max() + unit * want.abs().max()
+        assert (mine - want).abs().max() <= 2 * (theirs - want).abs().max() + UNIT[dtype] * want.abs().max()
 
 
-def test_large_logits_and_repeated_rows():
-    x, weight = torch.tensor([[100.0], [100.0]]), torch.tensor([[10.0], [-10.0], [9.0]])
-    loss, dx, dw = both(kernels.linear_cross_entropy, x, weight, torch.tensor([1, 0]))
+def exact_softmax_loss(logits, targets):
+    """Losses and gradients in float64."""
+    p = logits.double().softmax(1)
+    return F.cross_entropy(logits.double(), targets, reduction="none"), p - F.one_hot(targets, p.shape[1])
+
+
+WIDTHS = [(5, 1), (3, 2), (40, 53), (2, 256), (3, 8191), (2, 8193), (3, 16384), (2, 16411), (2, 50257)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * GPU, ids=str)
+@pytest.mark.parametrize("rows, V", WIDTHS, ids=str)
+@needs_kernel
+def test_rows_of_every_width(rows, V, dtype, device):
+    """In place and nowhere else, or not at all; the first and the last code as targets; targets with strides."""
+    wider = 4 * torch.randn(rows, V + 3, device=device).to(dtype)
+    logits, plain, before = wider[:, :V], wider[:, :V].clone(), wider.clone()
+    targets = torch.randint(V, (rows, 2), device=device)[:, 0]
+    targets[:2] = torch.tensor([0, V - 1])
+    losses = cross_entropy.softmax_loss(logits, targets, False)
+    assert torch.equal(wider, before) and losses.dtype == torch.float32
+    assert torch.equal(cross_entropy.softmax_loss(logits, targets, True), losses)
+    assert torch.equal(wider[:, V:], before[:, V:])
+    want_loss, want = exact_softmax_loss(plain, targets)
+    plain_losses = softmax_loss_ref(plain, targets, True)
+    for mine, theirs, true in ((losses, plain_losses, want_loss), (logits, plain, want)):
+        mine, theirs = (mine - true).abs(), (theirs - true).abs()
+        assert mine.max() <= 2 * theirs.max() + torch.finfo(dtype).eps * true.abs().max() / 2
+
+
+@needs_kernel
+def test_extreme_logits(device):
+    """Also 8,192 codes of -1e4 before larger ones: the maximum moves between two blocks."""
+    V, high = 8200, 1e4
+    rows = torch.full((6, V), -high, device=device)
+    rows[1], rows[2], rows[3, -1], rows[4, ::2] = high, 0, high, high
+    rows[5] = high + torch.rand(V, device=device)  # steps of 1 / 1,024, as large as what rounds a sum's log
+    for last in (True, False):
+        logits, targets = rows.clone(), torch.full((6,), V - 1 if last else 0, device=device)
+        want_loss, want = exact_softmax_loss(rows, targets)
+        losses = cross_entropy.softmax_loss(logits, targets, True)
+        torch.testing.assert_close(losses.double(), want_loss, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(logits.double(), want, atol=1e-9, rtol=1e-5)
+        assert losses[3] == (0 if last else 2 * high)
+
+
+@needs_kernel
+def test_what_is_no_number_shows(device):
+    logits = torch.randn(6, 40, device=device)
+    logits[4, 3], logits[5, 3] = float("nan"), float("inf")
+    targets = torch.tensor([-100, 40, 2**40, 39, 0, 0], device=device)
+    losses = cross_entropy.softmax_loss(logits.clone(), targets, True)
+    assert losses.isfinite().tolist() == [False, False, False, True, False, False]
+    assert cross_entropy.softmax_loss(logits[:0], targets[:0], True).shape == (0,)
+
+
+@paths
+def test_opcheck(device):
+    x, weight = (torch.randn(n, 16, device=device, requires_grad=True) for n in (5, 40))
+    targets, use_kernel = torch.randint(40, (5,), device=device), kernels.mode() == "triton"
+    op = torch.ops.nanollamagen.linear_cross_entropy.default
+    torch.library.opcheck(op, (x.detach(), weight.detach(), targets, False, use_kernel))
+    torch.library.opcheck(op, (x, weight, targets, True, use_kernel))
+
+
+@paths
+def test_large_logits_and_repeated_rows(device):
+    x, weight = torch.tensor([[100.0], [100.0]]).to(device), torch.tensor([[10.0], [-10.0], [9.0]]).to(device)
+    loss, dx, dw = both(kernels.linear_cross_entropy, x, weight, torch.tensor([1, 0]).to(device))
     assert loss == 1000  # (2000 + 0) / 2
-    torch.testing.assert_close(dx, torch.tensor([[10.0], [0.0]]).double(), atol=1e-30, rtol=0)
-    torch.testing.assert_close(dw, torch.tensor([[50.0], [-50.0], [0.0]]).double(), atol=1e-30, rtol=0)
+    torch.testing.assert_close(dx.cpu(), torch.tensor([[10.0], [0.0]]).double(), atol=1e-30, rtol=0)
+    torch.testing.assert_close(dw.cpu(), torch.tensor([[50.0], [-50.0], [0.0]]).double(), atol=1e-30, rtol=0)
 
 
-def test_without_gradients_none_are_computed(monkeypatch):
+@paths
+def test_many_rows_in_float16(device):
+    """A row's gradient is two of float16's smallest steps before the upstream one, 1e5, as of a scaled loss."""
+    x, weight = torch.randn(500, 4, device=device).half(), torch.randn(3, 4, device=device).half()
+    weight, targets = weight * 2**-14, torch.randint(3, (500,), device=device)
+    exact = both(lambda x, w, t: F.cross_entropy(x @ w.T, t), x.double(), weight.double(), targets, 1e5)
+    found = both(kernels.linear_cross_entropy, x, weight, targets, 1e5)
+    for mine, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine, want, rtol=0.01, atol=0.01 * want.abs().max().item())
+
+
+@paths
+def test_without_gradients_none_are_computed(monkeypatch, device):
     monkeypatch.setattr(torch, "mm", None)
-    x, weight = torch.randn(5, 3), torch.nn.Parameter(torch.randn(7, 3))
+    x, weight = torch.randn(5, 3, device=device), torch.nn.Parameter(torch.randn(7, 3, device=device))
+    targets = torch.arange(5, device=device)
     with torch.no_grad():
-        loss = kernels.linear_cross_entropy(x, weight, torch.arange(5))
-    torch.testing.assert_close(loss, linear_cross_entropy_ref(x, weight, torch.arange(5)).detach())
+        loss = kernels.linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(loss, linear_cross_entropy_ref(x, weight, targets).detach())
 
 
-def test_autocast_and_compile():
-    torch.manual_seed(0)
+@paths
+def test_autocast(device):
     x, weight, targets = torch.randn(9, 16), torch.randn(20, 16), torch.randint(20, (9,))
-    with torch.autocast("cpu", torch.bfloat16):
+    x, weight, targets = x.to(device), weight.to(device), targets.to(device)
+    with torch.autocast(device, HALF if kernels.mode() == "triton" else torch.bfloat16):
         low = both(kernels.linear_cross_entropy, x, weight, targets)
         plain = both(linear_cross_entropy_ref, x, weight, targets)
     for a, b in zip(low, plain, strict=True):
         torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)  # bfloat16 keeps 8 bits
-    compiled = torch.compile(kernels.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@paths
+def test_compile(backend, device, monkeypatch):
+    """Three chunks in one graph, which keeps both gradients for the backward pass, and no logits."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 80)
+    monkeypatch.setattr(cross_entropy, "CHUNK_REF", 80)
+    x, weight = (torch.randn(n, 16, device=device) for n in (9, 20))
+    targets = torch.randint(20, (9,), device=device)
+    compiled = torch.compile(kernels.linear_cross_entropy, backend=backend, fullgraph=True)
     plain = both(kernels.linear_cross_entropy, x, weight, targets)
-    for a, b in zip(both(compiled, x, weight, targets), plain, strict=True):
-        torch.testing.assert_close(a, b)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch._inductor.config.patch(force_disable_caches=True), hooks:
+        for a, b in zip(both(compiled, x, weight, targets), plain, strict=True):
+            torch.testing.assert_close(a, b)
+    assert sum(t.numel() for t in kept if t.dim()) <= x.numel() + weight.numel()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight, targets).double(), plain[0])
 
 
 def test_the_model_s_loss_is_that_of_its_logits():
