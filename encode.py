@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
-from common import autocast, make_folder, pick_device
+from common import autocast, launched, make_folder, pick_device
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
@@ -255,18 +255,21 @@ def options():
     what.add_argument("--out", type=Path, required=True, help="folder for the code files")
     what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
-    crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten", help="ten: corners and centre")
+    crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten",
+                       help="ten: corners, centre and their mirrors, at each of --crop-scales")
     crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05],
                        help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE")
-    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, as in train_vq.py")
-    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror, never with --text")
+    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, drawn as train_vq.py does")
+    crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                       help="store mirrored crops, too; never of digits, emoji or with --text")
     text = parser.add_argument_group("captions")
-    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none", help="captions, stored as")
+    text.add_argument("--text", choices=["none", "t5", "tokens"], default="none",
+                      help="store captions, too: features of FLAN-T5, or tokens")
     text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
     text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
     text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
     text.add_argument("--text-vocab", type=int, help="tokens of the model trained here, at most (default: 8192)")
-    text.add_argument("--text-pieces", choices=["unigram", "bpe", "word"], help="what they are (default: unigram)")
+    text.add_argument("--text-pieces", choices=["unigram", "bpe", "word"], help="kind of that model (default: unigram)")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="images read, and crops encoded, at a time")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -346,6 +349,8 @@ def main():
         raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
     if args.check_data:
         return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
+    if launched()[1] > 1:
+        raise ValueError("encoding is one process: leave torchrun out")
     device = pick_device(args.device)
     vq = VQModel.from_pretrained(args.vq).to(device)
     check_size(size, vq.config.factor)

@@ -1,7 +1,9 @@
 """The Llama that predicts image codes in raster order (LlamaGen, arXiv 2406.06525, section 2.2).
 
 Shapes: B, T, C tokens; T = n_cond condition tokens, then image tokens; H query heads, G key and value heads of D
-channels; V codes; L layers. Parameter names are those of LlamaGen's published files, which `GPT.from_pretrained` reads.
+channels; V codes; L layers; S positions in a cache. `hidden`, int64 [B]: how many condition tokens at the left are
+padding, which no other token sees (None: none are). Parameter names are those of LlamaGen's published files, which
+`GPT.from_pretrained` reads.
 """
 
 from contextlib import contextmanager
@@ -131,7 +133,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, hidden=None, cache=None, position=None):
         """Causal attention of x [B, T, C], whose keys and values go into `cache`, a pair of [B, G, S, D], if there is
-        one; or, with `position` int64 [1], of the token x [B, C] there over those in the cache. `hidden` [B]: padding.
+        one; or, with `position` int64 [1], of the token x [B, C] there over those in the cache. Returns x's shape.
         """
         qkv = self.wqkv(x)
         if position is not None:
@@ -472,7 +474,8 @@ class GPT(nn.Module):
         weights, config = read_weights(path)
         check_kind(weights, path, "a GPT")
         if config is None and grid is None:
-            raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384")
+            raise ValueError(f"{path} does not tell its grid: give one, (16, 16) for 256 pixels, (24, 24) for 384 "
+                             "(--grid 16x16)")
         config = make_config(GPTConfig, config, path) if config else infer_config(weights, path)
         config = replace(config, grid=tuple(grid or config.grid), **changes)
         with torch.device("meta"):

@@ -315,7 +315,7 @@ def parse_classes(text, class_names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
-            hint = nearest(word, class_names)
+            hint = nearest(word, class_names) if class_names else " (the GPT's file holds no names)"
             raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}{hint}")
     return labels
 
@@ -335,13 +335,13 @@ def options():
     what.add_argument("--hub", action="store_true", help=HUB_HELP)
     what.add_argument("--grid", help="ROWSxCOLUMNS of codes, for LlamaGen's files: 16x16 at 256 pixels, 24x24 at 384")
     what.add_argument("--classes", help="numbers or names, by commas (default: all in turn)")
-    what.add_argument("--text", action="append", default=[], help="a prompt; once for each (\"\": no text)")
+    what.add_argument("--text", action="append", default=[], help="a prompt; give it once for each (\"\": no text)")
     what.add_argument("--text-file", type=Path, help="prompts, one a line; blank lines are left out")
     what.add_argument("--t5", type=Path, help="folder of the encoder, for GPTs that read FLAN-T5's features")
     what.add_argument("--n", type=int, help="images (default: one per class or prompt; of all classes 8, at most 80)")
     how = parser.add_argument_group("how")
-    how.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (1: none)")
-    how.add_argument("--cfg-stop", type=int, default=-1, help="codes that are guided (-1: all)")
+    how.add_argument("--cfg-scale", type=float, default=2.0, help="classifier-free guidance (1: none)")
+    how.add_argument("--cfg-stop", type=int, default=-1, help="guide the first codes only, so many (-1: all)")
     how.add_argument("--temperature", type=float, default=1.0, help="of the codes' distribution")
     how.add_argument("--top-k", type=int, default=0, help="codes kept (0: all)")
     how.add_argument("--top-p", type=float, default=1.0, help="probability mass kept, after top-k (1: all)")
@@ -356,7 +356,7 @@ def options():
     out.add_argument("--columns", type=int, help="images per row of the grid (default: one row per class, or 8)")
     out.add_argument("--npz", type=Path, help="arr_0: images, uint8 NHWC; arr_1: classes (shuffled) or prompt numbers")
     out.add_argument("--folder", type=Path, help="one PNG per image")
-    out.add_argument("--size", type=int, help="resize to this many pixels a side (default: none; LlamaGen's 384: 256)")
+    out.add_argument("--size", type=int, help="resize to this many pixels a side (default: none; of 384, for FID: 256)")
     return parser.parse_args()
 
 

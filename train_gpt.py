@@ -43,20 +43,22 @@ def options():
     model.add_argument("--cond-rope", choices=["identity", "zero"],
                        help="rotation of condition tokens (default: identity; LlamaGen: zero)")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
-    model.add_argument("--dropout", type=float, default=0.1, help="share of embeddings, attention and FFN outputs")
-    model.add_argument("--cond-dropout", type=float, default=0.1, help="share of images without it, for guidance")
+    model.add_argument("--dropout", type=float, default=0.1, help="share of embeddings, attention and FFN dropped")
+    model.add_argument("--cond-dropout", type=float, default=0.1, help="share of unconditional images, for guidance")
     model.add_argument("--code-features", action=argparse.BooleanOptionalAction, default=False,
-                       help="let it know what codes look like: their vectors in the tokenizer")
-    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="weight of the loss of caption tokens")
+                       help="let the GPT see the tokenizer's code vectors, in embeddings and logits")
+    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="weight of the loss on caption tokens")
     look = parser.add_argument_group("pictures")
-    look.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance of the sample grids (1: none)")
+    look.add_argument("--sample-cfg-scale", type=float, default=2.0,
+                      help="classifier-free guidance of the sample grids (1: none)")
     look.add_argument("--sample-top-k", type=int, default=0, help="codes kept in the sample grids (0: all)")
     opt = training.add_training_options(parser, max_steps=1_500_000, batch_size=256)
     opt.add_argument("--fsdp", action="store_true",
                      help="shard model, gradients and optimizer over torchrun's processes: for XXL and 3B")
     opt.add_argument("--activation-checkpointing", action="store_true",
                      help="compute blocks again in the backward pass: a third more work, a fraction of the memory")
-    opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: of the blocks' matrices")
+    opt.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
+                     help="muon: for the blocks' matrices, AdamW for the rest")
     return parser.parse_args()
 
 

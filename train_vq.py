@@ -51,7 +51,8 @@ def options():
     data.add_argument("--data", required=True, help=DATA_HELP)
     data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
     data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
-    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror where allowed")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                      help="mirror images at random; never digits or emoji")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
     data.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
     data.add_argument("--check-data", action="store_true", help="read every image, say what is there, and end")
@@ -61,22 +62,25 @@ def options():
     model.add_argument("--init", type=Path, help="start from these weights, ours or LlamaGen's (sizes are the file's)")
     model.add_argument("--hub", action="store_true", help=command_line.HUB_HELP)
     model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
-    model.add_argument("--code-dim", type=int, help="channels of a code (default: the preset's)")
+    model.add_argument("--code-dim", type=int, help="channels of a code's vector (default: the preset's)")
     model.add_argument("--model-dropout", type=float, default=0.0, help="share of channels dropped in residual blocks")
     book = parser.add_argument_group("codebook")
-    book.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss within the codebook's")
-    book.add_argument("--codebook-weight", type=float, default=1.0, help="weight of these losses and the entropy's")
+    book.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss")
+    book.add_argument("--codebook-weight", type=float, default=1.0, help="of codebook, commitment and entropy losses")
     book.add_argument("--entropy-weight", type=float, default=0.0, help="weight of the entropy loss (0: not computed)")
     book.add_argument("--kmeans-step", type=int, default=0, help="step at which k-means sets the codes (0: never)")
-    book.add_argument("--restart-every", type=int, default=0, help="steps between moves of unused codes (0: never)")
-    book.add_argument("--usage-window", type=int, default=65536, help="positions of a process over which codes count")
+    book.add_argument("--restart-every", type=int, default=0, help="steps between restarts of unused codes (0: never)")
+    book.add_argument("--usage-window", type=int, default=65536, help="latest codes of a process that usage counts")
     loss = parser.add_argument_group("losses")
     loss.add_argument("--perceptual-weight", type=float, default=1.0, help="weight of LPIPS (0: none, no VGG16 needed)")
-    loss.add_argument("--disc-weight", type=float, default=0.5, help="weight of the adversarial loss (0: no critic)")
-    loss.add_argument("--disc-start", type=int, default=20000, help="step at which the tokenizer begins to feel it")
-    loss.add_argument("--disc-warmup", type=int, default=1000, help="steps before that: only the critic trains")
+    loss.add_argument("--disc-weight", type=float, default=0.5,
+                      help="weight of the adversarial loss (0: no discriminator)")
+    loss.add_argument("--disc-start", type=int, default=20000, help="step at which the adversarial loss begins")
+    loss.add_argument("--disc-warmup", type=int, default=1000,
+                      help="steps before --disc-start in which the discriminator alone trains on that loss")
     loss.add_argument("--disc-loss", choices=list(ADVERSARIAL), default="hinge", help="adversarial loss")
-    loss.add_argument("--adaptive-disc-weight", action="store_true", help="scale it by gradients (VQGAN, eq. 7)")
+    loss.add_argument("--adaptive-disc-weight", action="store_true",
+                      help="times the ratio of both losses' gradients (VQGAN, eq. 7)")
     training.add_training_options(parser, max_steps=400_000, batch_size=128)
     return parser.parse_args()
 
@@ -193,7 +197,7 @@ def train(args, device, rank, world, asked):
             moved = True
             model.quantize.restart_dead_codes(features(model, images, args, dtype))
 
-        # The tokenizer: pixels, perception, codebook, and from disc_start on the critic's opinion.
+        # The tokenizer: pixels, perception, codebook, and from disc_start on the discriminator's opinion.
         adversarial = disc is not None and step >= args.disc_start
         fakes, micro = [], images.split(args.micro_batch_size)
         for i, part in enumerate(micro, 1):
@@ -227,7 +231,7 @@ def train(args, device, rank, world, asked):
             if moved:  # an average of two places is no code
                 ema.quantize.set_codes(model.quantize.embedding.weight)
 
-        # The critic, which starts earlier so that it knows something when it is first asked.
+        # The discriminator, which starts earlier so that it knows something when it is first asked.
         if disc is not None and step >= args.disc_start - args.disc_warmup:
             disc.requires_grad_(True)
             for i, (part, fake) in enumerate(zip(micro, fakes, strict=True), 1):

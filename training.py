@@ -54,29 +54,33 @@ def add_training_options(parser, **defaults):
     run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
     run.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"],
                      help="go on from OUT/state.pt; auto: if there is one")
-    run.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and dropout")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order of images, crops and dropout")
     run.add_argument("--device", default="auto", help=DEVICE_HELP)
-    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="autocast of the step")
+    run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
+                     help="autocast of the step (auto: bfloat16 on a GPU that has it)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU only)")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--eval-every", type=int, default=1000, help="steps between held-out losses")
     run.add_argument("--picture-every", type=int, default=1000, help="steps between pictures (0: at the end only)")
     run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
     run.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay (0: none does)")
-    run.add_argument("--max-bad-steps", type=int, default=10, help="in a row without a finite gradient: then it ends")
+    run.add_argument("--max-bad-steps", type=int, default=10,
+                     help="the run ends after so many steps in a row without a finite gradient")
     opt = parser.add_argument_group("optimisation")
     opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
-    opt.add_argument("--max-minutes", type=float, default=math.inf, help="wall clock, if it ends first (default: any)")
+    opt.add_argument("--max-minutes", type=float, default=math.inf,
+                     help="minutes of wall clock, if they end before the steps (default: any number)")
     opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
     opt.add_argument("--micro-batch-size", type=int, help="images per forward of a process (default: its whole share)")
     opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
-    opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"], help="after the warm-up")
+    opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
+                     help="of the learning rate, after the warm-up")
     opt.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up (0: none)")
-    opt.add_argument("--min-lr", type=float, default=0.0, help="rate at which the cosine ends")
+    opt.add_argument("--min-lr", type=float, default=0.0, help="learning rate at which the cosine ends")
     opt.add_argument("--beta1", type=float, default=0.9, help="AdamW: decay of the gradients' mean")
     opt.add_argument("--beta2", type=float, default=0.95, help="AdamW: decay of their squares' mean")
     opt.add_argument("--weight-decay", type=float, default=0.05, help="on matrices and kernels, not on vectors")
-    opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (0: any)")
+    opt.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (0: any)")
     opt.add_argument("--ema", type=float, default=0.0, help="decay per step of the averaged weights (0: none)")
     return opt
 
@@ -276,11 +280,11 @@ class Means:
     def __init__(self):
         self.sums = {}
 
-    def add(self, weight=1.0, **values):
+    def add(self, **values):
         for name, value in values.items():
             value, (sums, count) = value.detach(), self.sums.get(name, (0.0, 0.0))
             finite = value.isfinite()
-            self.sums[name] = sums + weight * value.where(finite, 0.0), count + weight * finite
+            self.sums[name] = sums + value.where(finite, 0.0), count + finite
 
     def pop(self):
         """{name: mean} of those that had a finite value, and start anew."""
@@ -289,10 +293,10 @@ class Means:
         return {name: float(s / n) for name, (s, n) in zip(names, total(sums.double()), strict=True) if n > 0}
 
 
-def spread(n, total):
-    """n indices, at most `total` of them, evenly over 0..total-1."""
-    n = min(n, total)
-    return torch.arange(n) * total // n
+def spread(n, length):
+    """n indices, at most `length` of them, evenly over 0..length-1: int64 [n]."""
+    n = min(n, length)
+    return torch.arange(n) * length // n
 
 
 class Timer:

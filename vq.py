@@ -33,7 +33,7 @@ class VQConfig:
     l2_norm: bool = True  # encoder outputs and codes are unit vectors
     dropout: float = 0.0
     beta: float = 0.25  # weight of the commitment loss
-    entropy_weight: float = 0.0
+    entropy_weight: float = 0.0  # of `entropy_loss` (0: not computed)
     usage_window: int = 65536  # positions over which usage and perplexity are counted, per process
 
     def __post_init__(self):
@@ -367,4 +367,4 @@ if __name__ == "__main__":
     print("""
 TFLOP: encoding and decoding one image of 256 pixels, 2 per multiply-add, without the search for codes; training takes
 three times that. GiB to train: weights, gradients and AdamW's two moments in float32, without activations, LPIPS and
-the critic.""")
+the discriminator.""")

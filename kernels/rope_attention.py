@@ -31,7 +31,7 @@ TILES = {  # BLOCK_M, BLOCK_N, warps, stages: the largest that do not spill; by 
 
 
 def _heads(qkv, cos, sin, n_head, n_kv_head):
-    """Turned q, turned k, and v: B, H or Hkv, T, D."""
+    """Turned q, turned k, and v: B, H or G, T, D."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
 
@@ -357,8 +357,8 @@ _rope_attention.register_autograd(_autograd, setup_context=_save)
 def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, hidden=None):
     """Causal attention over T tokens whose q and k are first turned by their positions.
 
-    qkv [B, T, (H + 2 Hkv) D] = heads of q, of k, of v, float32, bfloat16 or float16; cos, sin float32 [T, D/2], for
-    channel pairs (2i, 2i+1); n_head = H; n_kv_head = Hkv, a divisor of H (None: H); hidden int32 or int64 [B] or None:
+    qkv [B, T, (H + 2 G) D] = heads of q, of k, of v, float32, bfloat16 or float16; cos, sin float32 [T, D/2], for
+    channel pairs (2i, 2i+1); n_head = H; n_kv_head = G, a divisor of H (None: H); hidden int32 or int64 [B] or None:
     the first hidden[b] tokens are padding that no other token sees and that see themselves only. Scale D^-1/2.
     Returns [B, T, H D] in qkv's dtype. Differentiable once, in qkv. Raises ValueError where the shapes disagree.
     """

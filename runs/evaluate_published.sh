@@ -25,6 +25,6 @@ case $what in
 esac
 [ "${what#*_}" = 256 ] && grid=16x16 || grid=24x24
 [ -z "${VAL:-}" ] || $launch evaluate.py self-check --val "$VAL" --ref "$ref" --out "$out/self-check.json"
-$launch sample.py --vq vq_ds16_c2i.pt --gpt "c2i_$what.pt" --hub --grid $grid --n 50000 --cfg-scale "$cfg" --size 256 \
-  --npz "$out/samples.npz" --out "$out/samples.png"
+[ -f "$out/samples.npz" ] || $launch sample.py --vq vq_ds16_c2i.pt --gpt "c2i_$what.pt" --hub --grid $grid \
+  --n 50000 --cfg-scale "$cfg" --size 256 --npz "$out/samples.npz" --out "$out/samples.png"
 $launch evaluate.py gen --samples "$out/samples.npz" --ref "$ref" --out "$out/scores.json"

@@ -227,6 +227,8 @@ def test_parse_classes():
     for text, word in (("cow", "cow"), ("4", "4"), ("-1", "-1"), ("1,,2", ""), ("²", "²"), ("1.5", "1.5")):
         with pytest.raises(ValueError, match=f"^--classes: '{word}' is neither a class name nor a number below 4$"):
             parse_classes(text, names, 4)
+    with pytest.raises(ValueError, match="a number below 3 .the GPT's file holds no names.$"):
+        parse_classes("dog", [], 3)
 
 
 # The command

@@ -210,7 +210,7 @@ def test_bad_steps_are_counted_and_left_out_of_means(caplog):
     with pytest.raises(ValueError, match="4 steps in a row, up to step 9, had no finite gradient"):
         count.pop(9)
     for value in (1.0, math.nan, 4.0, math.inf):
-        means.add(a=torch.tensor(value), b=torch.tensor(math.nan), weight=2.0)
+        means.add(a=torch.tensor(value), b=torch.tensor(math.nan))
     assert means.pop() == {"a": 2.5} and means.pop() == {}
 
 
