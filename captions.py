@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -161,6 +162,14 @@ class CaptionWriter:
                 self.rows.append(self.rows[-1] + len(row))
             self.captions.append(self.captions[-1] + len(texts))
             self.texts.write(json.dumps(texts).encode() + b"\n")
+
+    def take(self, file):
+        """The captions of some more pictures: those of a CaptionFile with the same reader, as they are."""
+        self.rows.extend((self.rows[-1] + file.rows[1:]).tolist())
+        self.captions.extend((self.captions[-1] + file.captions[1:]).tolist())
+        for name, values in (("text.bin", self.values), ("captions.jsonl", self.texts)):
+            with open(file.folder / name, "rb") as part:
+                shutil.copyfileobj(part, values)
 
     def __enter__(self):
         return self

@@ -429,16 +429,19 @@ def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, tr
     return ((images, labels) for images, labels, _ in batches)
 
 
-def eval_batches(image_set, size, batch_size, crop=center_crop, limit=None, workers=0, seed=0):
+def eval_batches(image_set, size, batch_size, crop=center_crop, limit=None, workers=0, seed=0, indices=None):
     """One pass in order, (images [b, 3, H, W] or [b, A, 3, H, W], labels, indices); unreadable images are left out.
 
     crop(img, size) returns one image or a list of A; crop=A (int) takes A random crops, drawn from `seed`. limit takes
-    that many pictures, evenly spaced over the set. Raises ValueError like image_batches.
+    that many pictures, evenly spaced over the set; indices names the pictures to take. Raises ValueError like
+    image_batches.
     """
-    n = len(image_set)
-    limit = n if limit is None else min(limit, n)
-    keys = [(0, i * n // limit) for i in range(limit)]
-    order = [keys[i:i + batch_size] for i in range(0, limit, batch_size)]
+    if indices is None:
+        n = len(image_set)
+        limit = n if limit is None else min(limit, n)
+        indices = [i * n // limit for i in range(limit)]
+    keys = [(0, i) for i in indices]
+    order = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     return _batches(image_set, Views(image_set, size, crop, seed), order, workers)
 
 

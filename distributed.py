@@ -19,8 +19,11 @@ from common import launched, pick_device
 
 
 @contextmanager
-def processes(device_name):
-    """Join torchrun's processes, if it started this one; yields (device, rank, number of processes)."""
+def processes(device_name, timeout=None):
+    """Join torchrun's processes, if it started this one; yields (device, rank, number of processes).
+
+    timeout: a timedelta that a process may wait for the others (default: PyTorch's).
+    """
     (rank, world), device = launched(), pick_device(device_name)
     if world == 1 and "RANK" not in os.environ:
         yield device, rank, world
@@ -28,7 +31,7 @@ def processes(device_name):
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     yield device, rank, world
     dist.destroy_process_group()  # not after an error: NCCL would wait for processes that wait for this one
 

@@ -1,17 +1,22 @@
 """Images -> code files for train_gpt.py: OUT/train and OUT/val, each codes.npy, labels.npy and meta.json.
 
-With --text, their captions too: as tokens, or as features of FLAN-T5.
+With --text, their captions too: as tokens, or as features of FLAN-T5. Large sets are encoded in parts, which torchrun's
+processes share; the same command goes on after an interruption, and the files are those of one process.
 
     python encode.py --vq out/vq/vq.pt --data digits --size 32 --crops random --n-random 6 --out out/codes
-    python encode.py --vq vq_ds16_c2i.pt --data imagenet --size 256 --crops ten --workers 16 --out codes  # LlamaGen's
+    torchrun --standalone --nproc_per_node=8 -- encode.py --vq vq_ds16_c2i.pt --data imagenet --size 256 --crops ten \\
+        --workers 12 --out codes  # LlamaGen's
     python encode.py --vq vq_ds16_t2i.pt --data pairs.jsonl --crops center --text t5 --t5 flan-t5-xl --out codes
 """
 
 import argparse
 import hashlib
+import itertools
 import json
+import shutil
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +25,7 @@ from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionFile, CaptionTokens, CaptionWriter, train_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
-from common import autocast, launched, make_folder, pick_device
+from common import autocast, launched, make_folder
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
@@ -36,11 +41,13 @@ from data import (
     mirrored,
     ten_crop,
 )
+from distributed import everyone, processes, say
 from kernels import code_usage
 from t5 import T5Encoder
 from vq import VQModel, usage_and_perplexity
 
 CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
+PART = 4096  # images of a part, which is what an interrupted run may lose
 CODE_VERSION = 2
 CODE_KEYS = (
     "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
@@ -111,7 +118,7 @@ class CodeWriter:
                 self._temporary(name).unlink(missing_ok=True)
 
     def _close(self):
-        if self.written == 0:
+        if self.written == 0 and "part" not in self.meta:  # a part of a split may be unreadable
             raise ValueError(f"no codes were written to {self.folder}")
         name = "codes"
         if self.written < len(self.codes):
@@ -308,36 +315,113 @@ def caption_reader(args, device):
         return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5)
     if args.text_model:
         return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
-    captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
-    captions = (caption for texts in captions for caption in texts)
-    model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
-    return CaptionTokens(model, args.text_length)
+    model = None
+    if launched()[0] == 0:
+        captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
+        every = -(-sum(map(len, captions)) // 1_000_000)  # beyond a million the trainer would draw, each time others
+        captions = itertools.islice((caption for texts in captions for caption in texts), 0, None, every)
+        model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
+    return CaptionTokens(everyone(model)[0], args.text_length)
 
 
-def encode_split(vq, split, args, size, device, tokenizer_sha256, reader):
-    """Write OUT/split; returns the number of images."""
-    image_set = load_images(args.data, split, size, args.val_data, reader is not None, args.bad_share)
-    image_set.flip = image_set.flip and args.flip
-    crop, names = choose_crops(args, image_set.flip)
-    height, width = (size, size) if isinstance(size, int) else size
-    meta = dict(
-        tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256, image_size=[height, width], augmentations=names,
-        class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
-        dtype=args.dtype, seed=args.seed, text=reader and reader.about(),
-    )  # fmt: skip
-    grid, n_aug = (height // vq.config.factor, width // vq.config.factor), len(names)
-    texts = CaptionWriter(args.out / split, reader) if reader else nullcontext()
-    with CodeWriter(args.out / split, len(image_set), n_aug, grid, vq.config.codebook_size, meta) as writer, texts:
-        batches = eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers, seed=args.seed)
-        bar = tqdm(batches, desc=split, total=-(-len(image_set) // args.batch_size), unit="batch")
-        for images, labels, indices in bar:
+def pictures_sha256(image_set):
+    """Hexadecimal SHA-256 of what a set is known by: names, labels and captions, in order."""
+    digest = hashlib.sha256()
+    for i, name in enumerate(image_set.names):
+        texts = image_set.captions and image_set.captions[i]
+        digest.update(repr((name, int(image_set.labels[i]), texts)).encode())
+    return digest.hexdigest()
+
+
+def written(folder, meta):
+    """How many images a whole part of a split has, or None; ValueError where it was encoded with other settings."""
+    if not (folder / "meta.json").is_file():
+        return None
+    found, wanted = ({**m, **m["part"], "part": None} for m in (json.loads((folder / "meta.json").read_text()), meta))
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            before, now = (str(v)[:60] for v in (found.get(name), value))
+            raise ValueError(f"{folder.parent} was begun with another {name} ({before}, now {now}): go on with that, "
+                             "or delete the folder")  # fmt: skip
+    return found["images"]
+
+
+def check_lost(lost, image_set):
+    n = len(image_set)
+    if lost > image_set.bad_share * n:
+        raise ValueError(f"{lost} of {n} images ({lost / n:.1%}) cannot be read: --check-data names them")
+
+
+def encode_images(vq, image_set, indices, crop, folder, meta, args, device, reader, bar):
+    """Write codes and captions of some images to a folder; returns how many could be read."""
+    size, n_aug = tuple(meta["image_size"]), len(meta["augmentations"])
+    grid = [side // vq.config.factor for side in size]
+    texts = CaptionWriter(folder, reader) if reader else nullcontext()
+    with CodeWriter(folder, len(indices), n_aug, grid, vq.config.codebook_size, meta) as writer, texts:
+        for images, labels, kept in eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers,
+                                                 seed=args.seed, indices=indices):  # fmt: skip
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
             with autocast(device, args.dtype):
                 codes = torch.cat([vq.encode(part) for part in images.split(args.batch_size)])
             writer.write(codes.view(len(labels), n_aug, -1), labels)
             if reader:
-                texts.write([image_set.captions[i] for i in indices])
-        return writer.written
+                texts.write([image_set.captions[i] for i in kept])
+            bar.update()
+    return writer.written
+
+
+def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, reader):
+    """Write OUT/split or, where it has several parts, this process's share of those that are not there yet, to
+    OUT/split.parts. Returns the folders of all, and the ImageSet.
+    """
+    image_set = load_images(args.data, split, size, args.val_data, reader is not None, args.bad_share)
+    image_set.flip = image_set.flip and args.flip
+    crop, names = choose_crops(args, image_set.flip)
+    meta = dict(
+        tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256,
+        image_size=[size, size] if isinstance(size, int) else list(size), augmentations=names,
+        class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
+        dtype=args.dtype, seed=args.seed, text=reader and reader.about(),
+    )  # fmt: skip
+    step = max(1, PART // args.batch_size) * args.batch_size  # whole batches, the same in parts as without
+    parts = [range(first, min(first + step, len(image_set))) for first in range(0, max(1, len(image_set)), step)]
+    folders, there = [args.out / split], [None]
+    if len(parts) > 1:
+        folders = [args.out / f"{split}.parts" / f"{i:05}" for i in range(len(parts))]
+        meta["part"] = dict(batch_size=args.batch_size, part_size=step, flip=image_set.flip,
+                            pictures_sha256=pictures_sha256(image_set))  # fmt: skip
+        there = everyone([written(folder, meta) for folder in folders])[0]  # of process 0: others may be late
+        if whole := sum(n is not None for n in there):
+            say(f"{split}: {whole} of {len(parts)} parts are there")
+    lost = sum(len(part) - n for part, n in zip(parts, there, strict=True) if n is not None)
+    check_lost(lost, image_set)
+    mine = [i for i, n in enumerate(there) if n is None][rank::world]
+    batches = sum(-(-len(parts[i]) // args.batch_size) for i in mine)
+    with tqdm(desc=split, total=batches, unit="batch", disable=rank > 0) as bar:
+        for i in mine:
+            n = encode_images(vq, image_set, parts[i], crop, folders[i], meta, args, device, reader, bar)
+            lost += len(parts[i]) - n
+            check_lost(lost, image_set)
+    return folders, image_set
+
+
+def join(folder, parts, image_set, reader):
+    """Make the whole folder of its parts; returns the number of images."""
+    metas = [json.loads((part / "meta.json").read_text()) for part in parts]
+    n = sum(meta["images"] for meta in metas)
+    if parts == [folder]:
+        return n
+    check_lost(len(image_set) - n, image_set)
+    meta = {key: value for key, value in metas[0].items() if key != "part"}
+    texts = CaptionWriter(folder, reader) if reader else nullcontext()
+    with CodeWriter(folder, n, len(meta["augmentations"]), meta["grid"], meta["codebook_size"], meta) as writer, texts:
+        for part, of_part in zip(tqdm(parts, desc=f"{folder}", unit="part"), metas, strict=True):
+            if of_part["images"]:
+                file = CodeFile(part)
+                writer.write(file.codes, file.labels)
+                if reader:
+                    texts.take(file.captions)
+    return n
 
 
 def main():
@@ -349,19 +433,25 @@ def main():
         raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
     if args.check_data:
         return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
-    if launched()[1] > 1:
-        raise ValueError("encoding is one process: leave torchrun out")
-    device = pick_device(args.device)
-    vq = VQModel.from_pretrained(args.vq).to(device)
-    check_size(size, vq.config.factor)
-    make_folder(args.out)
-    sha, reader = file_sha256(args.vq), caption_reader(args, device)
-    start = time.perf_counter()
-    images = {}
-    for split in ("train", "val"):
-        images[split] = encode_split(vq, split, args, size, device, sha, reader)
+    with processes(args.device, timedelta(days=9)) as (device, rank, world):  # to wait for slower ones
+        vq = VQModel.from_pretrained(args.vq).to(device)
+        check_size(size, vq.config.factor)
+        result = make_folder(args.out) / "result.json"  # written last: all is there
+        if rank == 0:
+            result.unlink(missing_ok=True)
+        sha, reader = file_sha256(args.vq), caption_reader(args, device)
+        start, splits = time.perf_counter(), {}
+        for split in ("train", "val"):
+            splits[split] = encode_split(vq, split, args, size, device, rank, world, sha, reader)
+        everyone(None)  # all parts are written
+    if rank > 0:
+        return
+    images = {split: join(args.out / split, *found, reader) for split, found in splits.items()}
     seconds = time.perf_counter() - start
-    (args.out / "result.json").write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
+    result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
+    for split in splits:
+        if splits[split][0] != [args.out / split]:
+            shutil.rmtree(args.out / f"{split}.parts")
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
 
 

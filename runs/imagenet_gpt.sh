@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # LlamaGen's class-conditional GPTs on ImageNet: bash runs/imagenet_gpt.sh [B|L|XL|XXL|3B] [256|384]
-# Codes of ten crops at two scales (one process; 13 GB, 30 at 384 pixels), 300 epochs, batch 256 (512 for XXL and 3B), lr
-# 1e-4 per 256; 50,000 samples at 256 pixels, scored against the reference batch of the ADM evaluator.
+# Codes of ten crops at two scales (13 GB, 30 at 384 pixels, and as much again until their parts are joined), 300 epochs,
+# batch 256 (512 for XXL and 3B), lr 1e-4 per 256; 50,000 samples at 256 pixels, scored against the reference batch of the
+# ADM evaluator.
 # Not run here. LlamaGen reports about 1 day on 8 A100 for B and 2 for L, and, by guidance, FID / inception score:
 #   256 pixels: B 2.0 5.46 / 193.6, L 1.75 3.81 / 248.3
 #   384 pixels: B 2.25 6.09, L 2.0 3.08 / 256, XL 1.75 2.63 / 244, XXL 1.75 2.34 / 254, 3B 1.65 2.19 / 263
@@ -28,8 +29,8 @@ case $model in
   *) batch=(--batch-size 256 --lr 1e-4 --max-steps 1500000) ;;
 esac
 
-[ -f "$codes/val/meta.json" ] || $python encode.py --vq "$vq" --hub --data "${IMAGENET:-imagenet}" --size "$pixels" \
-  --crops ten --crop-scales 1.1 1.05 --workers 16 --out "$codes"
+[ -f "$codes/result.json" ] || $launch encode.py --vq "$vq" --hub --data "${IMAGENET:-imagenet}" --size "$pixels" \
+  --crops ten --crop-scales 1.1 1.05 --workers 12 --out "$codes"
 $launch train_gpt.py --preset "$model" --vq "$vq" --hub --codes "$codes" "${batch[@]}" --eval-every 10000 \
   --picture-every 10000 --save-every 5000 --resume auto --out "$out"
 [ -f "$out/samples.npz" ] || $launch sample.py --vq "$vq" --hub --gpt "$out/gpt.pt" --n 50000 --cfg-scale "$cfg" \

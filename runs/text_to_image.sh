@@ -19,8 +19,8 @@ for stage in 1 2; do
   codes=out/text_codes_$pixels
   out=out/text_stage$stage
   [ $stage = 1 ] && from=(--preset XL --cond-rope zero) || from=(--init out/text_stage1/gpt.pt)
-  [ -f "$codes/val/meta.json" ] || $python encode.py --vq "$vq" --hub --data "${pairs[stage - 1]}" --size "$pixels" \
-    --crops center --text t5 --t5 "$t5" --text-length 120 --workers 16 --out "$codes"
+  [ -f "$codes/result.json" ] || $launch encode.py --vq "$vq" --hub --data "${pairs[stage - 1]}" --size "$pixels" \
+    --crops center --text t5 --t5 "$t5" --text-length 120 --workers 12 --out "$codes"
   $launch train_gpt.py "${from[@]}" --vq "$vq" --hub --codes "$codes" --max-steps "${STEPS:-500000}" --batch-size 256 \
     --lr 1e-4 --eval-every 10000 --picture-every 10000 --save-every 5000 --resume auto --out "$out"
   $python sample.py --vq "$vq" --hub --gpt "$out/gpt.pt" --t5 "$t5" --cfg-scale 7.5 --n 4 --out "$out/fox.png" \

@@ -373,6 +373,23 @@ def test_codes_and_captions_are_of_the_same_pictures(kind, made):
     assert sum(map(len, files)) == 39
 
 
+@pytest.mark.parametrize("kind", ["tokens", "t5"])
+def test_writers_take_over_files(kind, made, tmp_path):
+    """Written in two pieces, one taken over, the files are those of one piece."""
+    reader = CaptionTokens(MODELS["bpe"], 9) if kind == "tokens" else open_all(made, kind)[-1]
+    pictures = [TEXTS[i : i + 1 + i % 3] for i in range(12)]
+    for name, some in (("a", pictures[:5]), ("b", pictures[5:])):
+        with CaptionWriter(tmp_path / name, reader) as writer:
+            writer.write(some)
+    with CaptionWriter(tmp_path / "joined", reader) as joined, CaptionWriter(tmp_path / "one", reader) as one:
+        joined.take(CaptionFile(tmp_path / "a", reader.about(), 5))
+        joined.take(CaptionFile(tmp_path / "b", reader.about(), 7))
+        one.write(pictures[:5])
+        one.write(pictures[5:])
+    found = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("joined", "one")]
+    assert found[0] == found[1] and len(found[0]) == (4 if kind == "tokens" else 3)
+
+
 def test_features_are_those_of_the_encoder(made, tmp_path):
     reader, texts = CaptionFeatures(T5Encoder.from_pretrained(made / "t5"), 9, made), [*PROMPTS, "A <b>red</b> six", ""]
     write(tmp_path, reader, [[[text] for text in texts]])

@@ -318,6 +318,8 @@ def test_eval_crops_and_limit():
     assert ten.shape == (2, 10, 3, 8, 8)
     random = [next(eval_batches(image_set, 8, 2, crop=4, seed=s))[0] for s in (0, 0, 1)]
     assert random[0].shape == (2, 4, 3, 8, 8) and torch.equal(random[0], random[1])
+    (some, _, kept), = eval_batches(image_set, 8, 2, crop=4, indices=range(1, 2))
+    assert kept.tolist() == [1] and torch.equal(some[0], random[0][1])  # drawn by its place in the set
     assert not torch.equal(random[0], random[2]) and not torch.equal(random[0][:, 0], random[0][:, 1])
     still = next(image_batches(image_set, 8, 1, seed=0, train=False))
     torch.testing.assert_close(still[0][0], data.to_tensor(center_crop(image_set.images[still[1]], 8)))

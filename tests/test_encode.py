@@ -1,10 +1,18 @@
 import json
+import multiprocessing
+import socket
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import encode
+from captions import CaptionWriter
+from common import save_file
 from encode import CodeFile, CodeWriter, file_sha256
+from vq import VQConfig, VQModel
 
 META = dict(tokenizer="vq.pt", tokenizer_sha256="ab" * 32, image_size=[32, 64], augmentations=["centre", "mirrored"],
             class_names=["a", "b", "c"], data="folder", split="train", notice="")
@@ -97,3 +105,154 @@ def test_code_writer_leaves_nothing_half_done(tmp_path):
 def test_file_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert file_sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A tokenizer, and 39 captioned pictures of which three cannot be read: all of a part of two, and one more."""
+    folder = tmp_path_factory.mktemp("pictures")
+    torch.manual_seed(0)
+    vq = VQModel(VQConfig(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4))
+    save_file(folder / "vq.pt", vq.checkpoint())
+    (folder / "train").mkdir()
+    for i in range(39):
+        Image.effect_noise((20, 14), 10 * i).convert("RGB").save(folder / f"{i:02}.png")
+    for i in (4, 5, 20):
+        (folder / f"{i:02}.png").write_text("no picture")
+    lines = [dict(image=f"{i:02}.png", text=[f"the {i}th noise", "grey"][: 1 + i % 2]) for i in range(39)]
+    for name, some in (("train", lines[:30]), ("val", lines[30:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    return folder
+
+
+def run(pictures, out, *more, batch_size=2, part=2, text=True, world=0, rank=0, port=0):
+    """encode.py with parts of `part` images, as torchrun starts it where it has a world."""
+    words = ["--vq", pictures / "vq.pt", "--data", pictures / "train.jsonl", "--val-data", pictures / "val.jsonl",
+             "--size", 8, 12, "--crops", "random", "--n-random", 3, "--device", "cpu", "--bad-share", 0.1, "--out", out,
+             "--batch-size", batch_size, *(["--text", "tokens", "--text-pieces", "word"] if text else []), *more]
+    joined = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT=port)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["encode.py", *map(str, words)])
+        patch.setattr(encode, "PART", part)
+        for name, value in joined.items() if world else ():
+            patch.setenv(name, str(value))
+        with torch.no_grad():
+            encode.main()
+
+
+def files(out):
+    """What lies in the folders of both splits, and nothing beside them."""
+    assert sorted(path.name for path in out.iterdir()) == ["result.json", "train", "val"]
+    return {f"{path.relative_to(out)}": path.read_bytes() for path in out.glob("*/*")}
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """The files that one process writes directly."""
+    out = tmp_path_factory.mktemp("whole")
+    run(pictures, out, part=100)
+    found = files(out)
+    assert len(found) == 14 and len(CodeFile(out / "train")) == 27 and len(CodeFile(out / "val")) == 9
+    return found
+
+
+def watched(monkeypatch, stop=None):
+    """The parts that are encoded from here on; before number `stop` is, KeyboardInterrupt."""
+    seen, real = [], encode.encode_images
+
+    def encode_images(vq, image_set, indices, crop, folder, *more):
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(f"{folder.parent.name}/{folder.name}")
+        return real(vq, image_set, indices, crop, folder, *more)
+
+    monkeypatch.setattr(encode, "encode_images", encode_images)
+    return seen
+
+
+def two(pictures, out, *more, part):
+    """Exit codes of two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    how = [dict(part=part, world=2, rank=rank, port=port) for rank in range(2)]
+    processes = [fork.Process(target=run, args=(pictures, out, *more), kwargs=kwargs) for kwargs in how]
+    for p in processes:
+        p.start()
+    return [p.join(60) or p.exitcode for p in processes]
+
+
+@pytest.mark.parametrize("part", [2, 7, 100])
+def test_two_processes_write_what_one_does(pictures, whole, tmp_path, part):
+    """In parts of 2 images, of 6, which are whole batches, and of all."""
+    assert two(pictures, tmp_path / "two", part=part) == [0, 0]
+    assert files(tmp_path / "two") == whole
+
+
+def test_what_was_interrupted_goes_on(pictures, whole, tmp_path, monkeypatch, capsys):
+    """Train has 15 parts, val 5. Whole parts are not encoded again, also by two processes."""
+    out, done = tmp_path / "codes", []
+    for stop in (2, 14, 0):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            seen = watched(patch, stop)
+            run(pictures, out)
+        done += seen
+        assert len(seen) == stop and not (out / "train").exists() and not (out / "val").exists()
+    assert done == [f"train.parts/{i:05}" for i in range(15)] + ["val.parts/00000"]
+    assert "train: 15 of 15 parts are there\nval: 1 of 5 parts are there\n" in capsys.readouterr().out
+    (out / "train.parts" / "00013" / "meta.json").unlink()  # as if killed there
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionWriter, "take", lambda *_: 1 / 0)
+        seen = watched(patch)
+        with pytest.raises(ZeroDivisionError):  # while parts are joined
+            run(pictures, out)
+    assert seen == ["train.parts/00013", *(f"val.parts/{i:05}" for i in range(1, 5))]
+    (out / "train.parts" / "00003" / "meta.json").unlink()
+    assert two(pictures, out, part=2) == [0, 0] and files(out) == whole
+    seen = watched(monkeypatch)
+    run(pictures, out)  # what was whole is encoded anew
+    assert len(seen) == 20 and files(out) == whole
+
+
+def test_other_settings_are_refused(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "codes"
+
+    def change(how, *more, **changes):
+        with pytest.raises(ValueError, match=f"train.parts was begun with another {how}.*: go on with that, or delete"):
+            run(pictures, out, *more, **changes)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, 2)
+        run(pictures, out, text=False)
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    change("seed .0, now 1", "--seed", 1, text=False)
+    change("flip .True, now False", "--no-flip", text=False)
+    change("dtype", "--dtype", "bfloat16", text=False)
+    change("part_size .2, now 4", part=4, text=False)
+    change("batch_size .2, now 1", batch_size=1, text=False)
+    change("text .None, now ..kind.: .tokens.")
+    lines = (pictures / "train.jsonl").read_text()
+    try:
+        (pictures / "train.jsonl").write_text(lines.replace("the 7th", "the 17th"))
+        change("pictures_sha256", text=False)
+    finally:
+        (pictures / "train.jsonl").write_text(lines)
+    assert before == {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+
+
+def test_the_share_of_unreadable_images_is_that_of_all_parts(pictures, whole, tmp_path, monkeypatch):
+    """Three of train's 30: two in one part, another in a later one."""
+    message = r"3 of 30 images \(10.0%\) cannot be read: --check-data names them"
+    seen = watched(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            run(pictures, tmp_path / "one", "--bad-share", 0.08)
+        assert len(seen) == 11
+    run(pictures, tmp_path / "one")
+    assert len(seen) == 20 and files(tmp_path / "one") == whole
+    assert two(pictures, tmp_path / "two", "--bad-share", 0.08, part=6) == [1, 0]  # neither sees more than two
+    assert not (tmp_path / "two" / "train").exists() and len(list((tmp_path / "two" / "train.parts").iterdir())) == 5

@@ -128,13 +128,6 @@ def test_more_wrong_commands(command, folder, monkeypatch, capsys):
     assert re.match(MORE[command], sentence(command, monkeypatch, capsys))
 
 
-def test_encoding_is_one_process(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = f"encode.py --vq {folder}/vq.pt --data digits --size 32 --out {tmp_path}/codes"
-    assert sentence(command, monkeypatch, capsys) == "encoding is one process: leave torchrun out"
-    assert not (tmp_path / "codes").exists()
-
-
 def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
     def broken():
         raise RuntimeError("the shapes do not fit")
