@@ -175,19 +175,22 @@ class CaptionWriter:
         return self
 
     def __exit__(self, error, *_):
-        self.values.close()
-        self.texts.close()
         names = ["text.bin", "captions.jsonl", "text_offsets.npz"]
-        if error is None:
-            with open(self._temporary("text_offsets.npz"), "wb") as file:
-                np.savez(file, captions=np.array(self.captions), rows=np.array(self.rows))
-            if self.reader.kind == "tokens":
-                names.append("tokenizer.model")
-                self._temporary("tokenizer.model").write_bytes(self.reader.model)
-        for name in names:
+        if self.reader.kind == "tokens":
+            names.append("tokenizer.model")
+        try:
+            with self.values, self.texts:  # closes both, and may fail again on a full disk
+                pass
             if error is None:
-                self._temporary(name).replace(self.folder / name)
-            else:
+                with open(self._temporary("text_offsets.npz"), "wb") as file:
+                    np.savez(file, captions=np.array(self.captions), rows=np.array(self.rows))
+                if self.reader.kind == "tokens":
+                    self._temporary("tokenizer.model").write_bytes(self.reader.model)
+                (self.folder / "meta.json").unlink(missing_ok=True)  # of codes before: theirs are other captions
+                for name in names:
+                    self._temporary(name).replace(self.folder / name)
+        finally:
+            for name in names:
                 self._temporary(name).unlink(missing_ok=True)
 
 

@@ -10,9 +10,11 @@ processes share; the same command goes on after an interruption, and the files a
 """
 
 import argparse
+import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -90,8 +92,16 @@ class CodeWriter:
 
     def _open(self, name, n_images, n_aug):
         shape = (n_images, n_aug, int(np.prod(self.meta["grid"])))
-        dtype = _code_dtype(self.codebook_size)
-        return np.lib.format.open_memmap(self._temporary(name), mode="w+", dtype=dtype, shape=shape)
+        dtype, path = _code_dtype(self.codebook_size), self._temporary(name)
+        codes = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        try:
+            with open(path, "r+b") as file:  # a map that finds the disk full ends the process by a signal (SIGBUS)
+                getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others: a file system that cannot do it
+                path.unlink()
+                raise OSError(error.errno, f"no space for {codes.nbytes / 1e9:.3g} GB of codes", str(path)) from None
+        return codes
 
     def write(self, codes, labels):
         """codes [b, A, h*w] and labels [b], tensors or arrays of integers; raises ValueError if they do not fit."""
@@ -391,12 +401,15 @@ def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, r
         meta["part"] = dict(batch_size=args.batch_size, part_size=step, flip=image_set.flip,
                             pictures_sha256=pictures_sha256(image_set))  # fmt: skip
         there = everyone([written(folder, meta) for folder in folders])[0]  # of process 0: others may be late
-        if whole := sum(n is not None for n in there):
-            say(f"{split}: {whole} of {len(parts)} parts are there")
     lost = sum(len(part) - n for part, n in zip(parts, there, strict=True) if n is not None)
-    check_lost(lost, image_set)
+    if lost > image_set.bad_share * len(image_set):  # the run before ended by it: they may have been mended since
+        there, lost = [n if n == len(part) else None for part, n in zip(parts, there, strict=True)], 0
+    if whole := sum(n is not None for n in there):
+        say(f"{split}: {whole} of {len(parts)} parts are there")
     mine = [i for i, n in enumerate(there) if n is None][rank::world]
     batches = sum(-(-len(parts[i]) // args.batch_size) for i in mine)
+    if rank == 0:  # nothing was refused: from here on what lies there changes
+        (args.out / "result.json").unlink(missing_ok=True)
     with tqdm(desc=split, total=batches, unit="batch", disable=rank > 0) as bar:
         for i in mine:
             n = encode_images(vq, image_set, parts[i], crop, folders[i], meta, args, device, reader, bar)
@@ -437,8 +450,6 @@ def main():
         vq = VQModel.from_pretrained(args.vq).to(device)
         check_size(size, vq.config.factor)
         result = make_folder(args.out) / "result.json"  # written last: all is there
-        if rank == 0:
-            result.unlink(missing_ok=True)
         sha, reader = file_sha256(args.vq), caption_reader(args, device)
         start, splits = time.perf_counter(), {}
         for split in ("train", "val"):
@@ -451,6 +462,8 @@ def main():
     result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
     for split in splits:
         if splits[split][0] != [args.out / split]:
+            for part in splits[split][0]:  # first, so that a kill leaves no part that looks whole
+                (part / "meta.json").unlink()
             shutil.rmtree(args.out / f"{split}.parts")
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
 

@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 
 
 # Dense bfloat16 TFLOP/s of the makers' data sheets; the first name that occurs in the device's counts.
-PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-               "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-               "RTX 6000 Ada": 364, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI325X": 1307,
-               "MI300X": 1307}  # fmt: skip
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756,
+               "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125,
+               "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209, "RTX 4090": 165,
+               "RTX 3090": 71, "MI325X": 1307, "MI300X": 1307}  # fmt: skip
+OTHERS = "Laptop|Ti|D|MIG"  # words in the names of slower or faster devices, or of a part of one
 
 
 def peak_gib(device):
@@ -41,8 +42,9 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    found = (1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b(?! Laptop)", name))
-    return next(found, None)
+    if re.search(rf"\b({OTHERS})\b", name):
+        return None
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def add_training_options(parser, **defaults):

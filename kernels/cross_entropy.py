@@ -114,7 +114,7 @@ def _(x, weight, targets, gradient, use_kernel):
 
 def _save(ctx, inputs, output):
     x, weight = inputs[:2]
-    ctx.dtype, ctx.n = weight.dtype, len(x)
+    ctx.dtype, ctx.n = weight.dtype, x.shape[0]
     ctx.save_for_backward(*output[1:])
 
 
@@ -131,8 +131,11 @@ def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy, nats, of logits x @ weight.T: x [N, C], weight [V, C], targets int64 [N] -> float32 scalar.
 
     Under autocast the products are in its dtype; sums and softmax are float32 always. No targets are left out: one that
-    is no row of weight makes the loss NaN (on the PyTorch path: raises). Differentiable once.
+    is no row of weight makes the loss NaN (on the PyTorch path: raises). Differentiable once. ValueError for shapes
+    that do not fit: the kernel would read past the end of targets.
     """
+    if x.dim() != 2 or targets.shape != x.shape[:1]:
+        raise ValueError(f"targets have to be {list(x.shape[:1])} for x {list(x.shape)}, not {list(targets.shape)}")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

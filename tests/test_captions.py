@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,22 @@ def write(folder, reader, parts=([["a"], ["b", "c", "d"], ["e", "f"]], [["g"]]))
     with CaptionWriter(folder, reader) as writer:
         for part in parts:
             writer.write(part)
+
+
+@pytest.mark.parametrize("full", [False] + [True] * Path("/dev/full").exists())
+def test_captions_that_failed_leave_nothing(full, tmp_path):
+    """Also where a full disk makes closing fail. New ones take the description of the codes before away."""
+    (tmp_path / "meta.json").write_text("{}")
+    message = "No space" if full else "first"
+    with pytest.raises(OSError, match=message), CaptionWriter(tmp_path, Rows("t5", 5)) as writer:
+        if full:
+            writer.values.close()
+            writer.values = open("/dev/full", "wb")
+        writer.write([["a"]])
+        raise OSError("first")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
+    write(tmp_path, Rows("t5", 5))
+    assert not (tmp_path / "meta.json").exists()
 
 
 def bits(cond):

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 import kernels
@@ -113,6 +114,14 @@ def test_what_is_no_number_shows(device):
 
 
 @paths
+def test_targets_have_to_fit(device):
+    x, weight = torch.randn(5, 3, device=device), torch.randn(7, 3, device=device)
+    for shape in ((4,), (6,), (5, 1), (1,)):
+        with pytest.raises(ValueError, match=r"targets have to be \[5\] for x \[5, 3\], not "):
+            kernels.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.long, device=device))
+
+
+@paths
 def test_opcheck(device):
     x, weight = (torch.randn(n, 16, device=device, requires_grad=True) for n in (5, 40))
     targets, use_kernel = torch.randint(40, (5,), device=device), kernels.mode() == "triton"
@@ -180,6 +189,15 @@ def test_compile(backend, device, monkeypatch):
     assert sum(t.numel() for t in kept if t.dim()) <= x.numel() + weight.numel()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, weight, targets).double(), plain[0])
+
+
+def test_one_graph_for_every_number_of_rows():
+    torch._dynamo.reset()
+    compiled, weight = torch._dynamo.testing.CompileCounter(), torch.randn(7, 3, requires_grad=True)
+    fn = torch.compile(kernels.linear_cross_entropy, backend=compiled, fullgraph=True, dynamic=True)
+    for n in (4, 5, 6):
+        fn(torch.randn(n, 3, requires_grad=True), weight, torch.zeros(n, dtype=torch.long))
+    assert compiled.frame_count == 1
 
 
 def test_the_model_s_loss_is_that_of_its_logits():

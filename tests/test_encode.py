@@ -1,5 +1,8 @@
+import errno
 import json
 import multiprocessing
+import os
+import shutil
 import socket
 import sys
 
@@ -100,6 +103,18 @@ def test_code_writer_leaves_nothing_half_done(tmp_path):
     with pytest.raises(ValueError, match="lacks tokenizer"):
         CodeWriter(tmp_path / "x", 4, 2, (2, 4), 256, {})
     assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="only Linux and BSD reserve space")
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    """And not a signal: SIGBUS is what writing to a memory map ends in."""
+    def full(file, start, length):
+        raise OSError(errno.ENOSPC if length > 9 * 2 * 8 * 2 else errno.EINVAL, "no")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no space for 2.88e-07 GB of codes.*codes.partial"):
+        write_codes(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_sha256(tmp_path):
@@ -248,11 +263,49 @@ def test_the_share_of_unreadable_images_is_that_of_all_parts(pictures, whole, tm
     """Three of train's 30: two in one part, another in a later one."""
     message = r"3 of 30 images \(10.0%\) cannot be read: --check-data names them"
     seen = watched(monkeypatch)
-    for _ in range(2):
+    for n in (11, 13):  # again, those that lack some are read again
         with pytest.raises(ValueError, match=message):
             run(pictures, tmp_path / "one", "--bad-share", 0.08)
-        assert len(seen) == 11
+        assert len(seen) == n
     run(pictures, tmp_path / "one")
-    assert len(seen) == 20 and files(tmp_path / "one") == whole
+    assert len(seen) == 22 and files(tmp_path / "one") == whole
     assert two(pictures, tmp_path / "two", "--bad-share", 0.08, part=6) == [1, 0]  # neither sees more than two
     assert not (tmp_path / "two" / "train").exists() and len(list((tmp_path / "two" / "train.parts").iterdir())) == 5
+
+
+def test_mended_images_are_read_again(pictures, whole, tmp_path):
+    folder, out = tmp_path / "mended", tmp_path / "codes"
+    shutil.copytree(pictures, folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be read"):
+            run(folder, out, "--bad-share", 0.08)
+    for i in (4, 5, 20):
+        shutil.copy(folder / "06.png", folder / f"{i:02}.png")
+    run(folder, out, "--bad-share", 0.08)
+    assert len(CodeFile(out / "train")) == 30
+
+
+def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
+    """Files go in any order: none of the parts may look whole then."""
+    out = tmp_path / "codes"
+
+    def rmtree(folder):
+        for path in folder.rglob("codes.npy"):
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", rmtree)
+        run(pictures, out)
+    run(pictures, out)
+    assert files(out) == whole
+
+
+def test_what_is_refused_changes_nothing(pictures, tmp_path):
+    out = tmp_path / "codes"
+    run(pictures, out, part=100)
+    before = files(out)
+    for options, error in ((("--t5", "x"), ValueError), (("--data", tmp_path / "nothing.jsonl"), OSError)):
+        with pytest.raises(error):
+            run(pictures, out, *options, part=100)
+    assert files(out) == before

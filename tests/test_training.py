@@ -493,6 +493,8 @@ def test_peak_of_the_device_that_is_there(monkeypatch):
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125,
         "NVIDIA L4": 121, "NVIDIA GeForce RTX 4090": 165, "AMD Instinct MI300X": 1307, "NVIDIA RTX A4000": None,
         "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H200": 989,
+        "NVIDIA H200 NVL": 835, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None, "NVIDIA RTX 6000 Ada Generation": 364,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert training.peak_flops(torch.device("cuda"), "bfloat16") == (peak and peak * 1e12)
