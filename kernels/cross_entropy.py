@@ -57,7 +57,7 @@ def _softmax_loss_kernel(
         top = higher
     tl.store(loss_ptr + row, tl.log(total) + (top - logit))
     if GRADIENT:
-        share = 1 / total
+        share = tl.where(inside, 1 / total, float("nan"))  # gradients without a number are skipped, and counted
         for first in range(0, V, BLOCK_V):
             mask = first + offs_v < V
             x = tl.load(row_ptr + first + offs_v, mask=mask, other=float("-inf")).to(tl.float32)
@@ -131,8 +131,8 @@ def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy, nats, of logits x @ weight.T: x [N, C], weight [V, C], targets int64 [N] -> float32 scalar.
 
     Under autocast the products are in its dtype; sums and softmax are float32 always. No targets are left out: one that
-    is no row of weight makes the loss NaN (on the PyTorch path: raises). Differentiable once. ValueError for shapes
-    that do not fit: the kernel would read past the end of targets.
+    is no row of weight makes loss and gradients NaN (on the PyTorch path: raises). Differentiable once. ValueError for
+    shapes that do not fit: the kernel would read past the end of targets.
     """
     if x.dim() != 2 or targets.shape != x.shape[:1]:
         raise ValueError(f"targets have to be {list(x.shape[:1])} for x {list(x.shape)}, not {list(targets.shape)}")

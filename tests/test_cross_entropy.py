@@ -108,8 +108,10 @@ def test_what_is_no_number_shows(device):
     logits = torch.randn(6, 40, device=device)
     logits[4, 3], logits[5, 3] = float("nan"), float("inf")
     targets = torch.tensor([-100, 40, 2**40, 39, 0, 0], device=device)
-    losses = cross_entropy.softmax_loss(logits.clone(), targets, True)
+    gradients = logits.clone()
+    losses = cross_entropy.softmax_loss(gradients, targets, True)
     assert losses.isfinite().tolist() == [False, False, False, True, False, False]
+    assert gradients.isfinite().all(1).tolist() == losses.isfinite().tolist()
     assert cross_entropy.softmax_loss(logits[:0], targets[:0], True).shape == (0,)
 
 
