@@ -261,6 +261,19 @@ class CodeFile:
         return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
 
 
+def open_tokenizer(path, codes, folder, device):
+    """The tokenizer that wrote the codes in `folder`, from the file that they name where `path` is None.
+
+    FileNotFoundError where it is not there, ValueError where it is another one.
+    """
+    path = path or Path(codes.meta["tokenizer"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, the tokenizer that wrote {folder}, is not there: give it with --vq")
+    vq = VQModel.from_pretrained(path)
+    codes.check(tokenizer_sha256=file_sha256(path))
+    return vq.to(device)
+
+
 def options():
     parser = Parser(__doc__)
     what = parser.add_argument_group("what")

@@ -30,7 +30,7 @@ import kernels
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
 from common import launched, make_folder, pick_device, read_file, save_grid, to_uint8
 from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
-from encode import CodeFile, file_sha256
+from encode import CodeFile, file_sha256, open_tokenizer
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
 from losses import LPIPS
@@ -457,11 +457,7 @@ def show_codes(args):
     """A random page of stored codes, decoded, and how often each code occurs."""
     device, codes = pick_device(args.device), CodeFile(args.codes)
     make_folder(args.out)
-    path = args.vq or Path(codes.meta["tokenizer"])
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
-    vq = VQModel.from_pretrained(path).to(device)
-    codes.check(tokenizer_sha256=file_sha256(path))
+    vq = open_tokenizer(args.vq, codes, args.codes, device)
     counts = codes.counts()
     generator = np.random.default_rng(args.seed)
     pick = np.sort(generator.choice(len(codes), min(64, len(codes)), replace=False))
@@ -471,7 +467,8 @@ def show_codes(args):
     save_grid(args.out / "codes.png", images, 8, codes.names(pick), notice=codes.meta["notice"])
     usage, perplexity = map(float, usage_and_perplexity(counts))
     most = counts.topk(min(5, len(counts)))
-    result = dict(codes=str(args.codes), tokenizer=str(path), images=len(codes), crops=codes.codes.shape[1],
+    result = dict(codes=str(args.codes), tokenizer=str(Path(args.vq or codes.meta["tokenizer"])), images=len(codes),
+                  crops=codes.codes.shape[1],
                   codes_used=usage, perplexity=perplexity, never=int((counts == 0).sum()),
                   most_frequent={int(i): int(c) for i, c in zip(most.indices, most.values, strict=True)},
                   counts=counts.tolist())  # fmt: skip

@@ -21,10 +21,9 @@ import command_line
 import common
 import distributed
 import training
-from encode import CodeFile, file_sha256
+from encode import CodeFile, open_tokenizer
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
-from vq import VQModel
 
 SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # in train and val, on resuming
 
@@ -110,16 +109,6 @@ def build_model(args, codes, vq):
     return model
 
 
-def open_tokenizer(args, codes, device):
-    """The tokenizer that wrote the codes; ValueError if the file is another one."""
-    path = args.vq or Path(codes.meta["tokenizer"])
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}, the tokenizer that wrote {args.codes}, is not there: give it with --vq")
-    vq = VQModel.from_pretrained(path)
-    codes.check(tokenizer_sha256=file_sha256(path))
-    return vq.to(device)
-
-
 @torch.no_grad()
 def evaluate(model, codes, args, device, dtype):
     """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
@@ -175,7 +164,7 @@ def train(args, device, rank, world, asked):
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     codes, val_codes = open_codes(args)
-    vq = open_tokenizer(args, codes, device)
+    vq = open_tokenizer(args.vq, codes, args.codes, device)
 
     model = build_model(args, codes, vq).to(device).train()
     model.activation_checkpointing = args.activation_checkpointing

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_sample import direct_greedy, small_gpt
+from test_train import LLAMA, VQ
 
 import builtin_sets
 import captions
@@ -30,7 +31,6 @@ from sample import generate, paint, read_captions
 from t5 import T5Config, T5Encoder, clean_caption
 from vq import VQConfig, VQModel
 
-LLAMA = dict(n_layer=2, n_head=2, dim=32, ffn_dim=48)
 OURS = dict(vocab_size=32, grid=(2, 3), dropout=0.0, cond_dropout=0.0)
 TEXTS = [texts[i % 6] for i, texts in enumerate(digits_text("train", 500)[0]["captions"])]
 MODELS = {kind: train_tokenizer(iter(TEXTS), 400, kind) for kind in ("unigram", "bpe", "word")}
@@ -344,7 +344,7 @@ def made(tmp_path_factory):
     """A tokenizer, FLAN-T5's files, 40 captioned pictures of which one is damaged, and both kinds of codes and GPT."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    vq = VQModel(VQConfig(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4))
+    vq = VQModel(VQConfig(**VQ))
     save_file(folder / "vq.pt", vq.checkpoint())
     for name, width in (("t5", 48), ("wide", 64)):
         sizes = dict(d_model=width, d_ff=80, num_layers=2, num_heads=2, d_kv=16, vocab_size=160)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train import VQ
 
 import encode
 from captions import CaptionWriter
@@ -130,7 +131,7 @@ def pictures(tmp_path_factory):
     """A tokenizer, and 39 captioned pictures of which three cannot be read: all of a part of two, and one more."""
     folder = tmp_path_factory.mktemp("pictures")
     torch.manual_seed(0)
-    vq = VQModel(VQConfig(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4))
+    vq = VQModel(VQConfig(**VQ))
     save_file(folder / "vq.pt", vq.checkpoint())
     (folder / "train").mkdir()
     for i in range(39):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import VQ
 
 import command_line
 import common
@@ -32,7 +33,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {module.__name__: module for module in (train_vq, train_gpt, encode, sample, evaluate, demo)}
 
 
-VQ = dict(channels=(16, 32), patch=2, z_channels=16, codebook_size=32, code_dim=4)
 LLAMA = dict(n_layer=1, n_head=2, dim=16, ffn_dim=24, vocab_size=32, num_classes=3, grid=(2, 3))
 
 
