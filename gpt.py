@@ -113,15 +113,16 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
+    def __init__(self, config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.eps, self.dropout = config.norm_eps, config.dropout
 
     def forward(self, x, residual=None):
-        """x, or x + residual in one pass -> its normalised form, and the sum itself."""
+        """x, or residual + dropout(x) in one pass -> its normalised form, and the sum itself."""
         if residual is None:
             return kernels.rms_norm(x, self.weight, self.eps), x
-        return kernels.rms_norm(x, self.weight, self.eps, residual)
+        return kernels.rms_norm(x, self.weight, self.eps, residual, self.dropout if self.training else 0.0)
 
 
 class Attention(nn.Module):
@@ -175,16 +176,14 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
 
     def forward(self, x, residual, *where):
-        """x is the branch before this block and still to be added to the residual stream: add and norm are one pass."""
+        """x is the branch before this block, still to be dropped from and added to the residual stream: one pass with
+        the norm."""
         x, residual = self.attention_norm(x, residual)
-        x = self.dropout(self.attention(x, *where))
-        x, residual = self.ffn_norm(x, residual)
-        return self.dropout(self.feed_forward(x)), residual
+        x, residual = self.ffn_norm(self.attention(x, *where), residual)
+        return self.feed_forward(x), residual
 
 
 class ClassEmbedder(nn.Module):
@@ -287,7 +286,7 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config)
         self.output = Linear(config.dim, config.vocab_size)
         self.code_features = CodeFeatures(config) if config.code_dim else None
         self.activation_checkpointing = False  # compute blocks again in the backward pass instead of keeping all

@@ -87,22 +87,25 @@ def search_cases(target):
 def rms_norm_cases(target):
     """bfloat16 alone, and with the float32 stream of autocast; on sm_90 also the other pairs that models make."""
     file, f32, bf16 = importlib.import_module("kernels.rms_norm"), "float32", "bfloat16"
-    usual = ((bf16, None, False), (bf16, f32, True))  # x, residual, whether the sum has a gradient of its own
-    more = ((f32, None, False), (f32, f32, True), (bf16, bf16, True), (bf16, f32, False))
+    # x, residual, whether the sum has a gradient of its own, dropout
+    usual = ((bf16, None, False, False), (bf16, f32, True, False), (bf16, f32, True, True))
+    more = ((f32, None, False, False), (f32, f32, True, False), (f32, f32, True, True), (bf16, bf16, True, False),
+            (bf16, bf16, True, True), (bf16, f32, False, False), (bf16, f32, False, True))  # fmt: skip
     runs = [(W, *run) for W in WIDTHS for run in usual]
     if target == "sm_90":
-        runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True) for W in ODD_WIDTHS]
-    for W, x, residual, ds in runs:
-        s, size = residual or x, (TOKENS, W, 1e-5)
-        name = f"W={W} {x}" + f" + {residual}" * bool(residual)
-        config = file.launch_config(W, backward=False)
+        runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True, True) for W in ODD_WIDTHS]
+    for W, x, residual, ds, drop in runs:
+        s, size = residual or x, (TOKENS, W, 1e-5, round(0.1 * 2**32))
+        name = f"W={W} {x}" + f" + {residual}" * bool(residual) + ", dropout" * drop
+        config = dict(file.launch_config(W, backward=False), DROP=drop)
         if ds or not residual:
-            args, per = (x, s, f32, x, s, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+            args, per = (x, s, f32, "int64", x, s, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
             yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=bool(residual)), per, 1
-        config = file.launch_config(W, backward=True)
-        args, per = (x, s, s, f32, s, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+        config = dict(file.launch_config(W, backward=True), DROP=drop)
+        args, per = (x, s, s, f32, "int64", s, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
         name += ", last" * (bool(residual) and not ds)
-        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds, BOTH=s != x), per, 1
+        both = s != x or drop
+        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds, BOTH=both), per, 1
 
 
 def swiglu_cases(target):

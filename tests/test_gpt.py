@@ -267,16 +267,21 @@ def test_null_conditions():
     assert "cls_embedding.uncond_embedding" not in dict(text.named_parameters())
 
 
-def test_dropout_is_on_embeddings_attention_and_ffn_outputs():
-    model = small(dropout=0.5).train()
-    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.5] * 3
-    calls = []
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda m, args, out: calls.append((args[0], out)))
-    model(torch.randint(20, (2, 11)), torch.tensor([0, 1]))
+def test_dropout_is_on_embeddings_attention_and_ffn_outputs(monkeypatch):
+    model, calls, dropout = small(dropout=0.5).train(), [], torch.nn.functional.dropout
+
+    def spy(x, p, training=True, *_):
+        calls.append((x, dropout(x, p, training)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", spy)
+    batch = torch.randint(20, (2, 11)), torch.tensor([0, 1])
+    model(*batch)
     assert len(calls) == 1 + 2 * 2 and all(x.shape == (2, 12, 32) for x, _ in calls)
     assert all(0.3 < (y == 0).float().mean() < 0.7 for _, y in calls)
+    calls.clear()
+    model.eval()(*batch)
+    assert all(torch.equal(x, y) for x, y in calls)
 
 
 def test_first_loss_is_the_log_of_the_vocabulary():

@@ -98,15 +98,55 @@ def test_rms_norm(shape, kind, dtype, residual):
     check(call(kernels.rms_norm), call(rms_norm_file.rms_norm_ref), inputs, upstream)
 
 
+def dropped(x, weight, residual, share=0.3):
+    """The same elements of x are dropped every time."""
+    torch.manual_seed(1)
+    return kernels.rms_norm(x, weight, 1e-5, residual, share)
+
+
+@pytest.mark.parametrize("residual", ["same", torch.float32], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape, kind", ROWS, ids=name)
+def test_rms_norm_dropout(shape, kind, dtype, residual):
+    stream, ones = dtype if residual == "same" else residual, torch.ones(shape, device=DEVICE)
+    inputs = [layout(torch.randn(shape, device=DEVICE).to(dtype), kind), torch.rand(shape[-1], device=DEVICE) + 0.5,
+              layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind)]  # fmt: skip
+    upstream = [torch.randn(shape, device=DEVICE).to(t) for t in (dtype, stream)]
+    factor = dropped(ones, ones.new_ones(shape[-1]), torch.zeros_like(ones))[1]
+    torch.testing.assert_close(factor.unique(), factor.unique().where(factor.unique() == 0, 1 / 0.7))
+
+    def reference(x, weight, residual):
+        return rms_norm_file.rms_norm_ref(x * factor.to(x.dtype), weight, 1e-5, residual)
+
+    check(dropped, reference, inputs, upstream)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropped_elements_are_random(share):
+    """Their share, and how often neighbours, rows and runs agree, are those of independent draws to five sigma."""
+    x, weight, runs = torch.ones(256, 96, device=DEVICE), torch.ones(96, device=DEVICE), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        runs.append(kernels.rms_norm(x, weight, 1e-5, torch.zeros_like(x), share)[1] == 0)
+    lost = runs[0]
+    pairs = [(lost[:, i:], lost[:, :-i]) for i in range(1, 9)] + [(lost[i:], lost[:-i]) for i in (1, 2, 64)]
+    for found, expected in [(lost, share), *((a & b, share**2) for a, b in [*pairs, runs])]:
+        sigma = (expected * (1 - expected) / found.numel()) ** 0.5
+        assert abs(found.float().mean().item() - expected) < 5 * sigma
+    assert (lost.float().mean(0) - share).abs().max() < 5 * (share * (1 - share) / len(lost)) ** 0.5  # every column
+    for share, s in ((0.0, x), (1.0, 0 * x)):
+        assert torch.equal(kernels.rms_norm(x, weight, 1e-5, torch.zeros_like(x), share)[1], s)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name)
 def test_rms_norm_backward_stores_both_dtypes(dtype):
     """Branch in half precision, stream in float32: one pass, without a cast after it."""
     dy, s, ds = (torch.randn(5, 40, device=DEVICE) for _ in range(3))
     weight, backward = torch.rand(40, device=DEVICE), rms_norm_file._rms_norm_backward
     for add in (None, ds):
-        dx, dbranch, dweight = backward(dy.to(dtype), add, s, weight, 1e-5, dtype)
+        dx, dbranch, dweight = backward(dy.to(dtype), add, s, weight, 1e-5, dtype, 0.0, None)
         assert dx.dtype == s.dtype and dbranch.dtype == dtype and torch.equal(dbranch, dx.to(dtype))
-    dx, dbranch, dweight = backward(dy, ds, s, weight, 1e-5, s.dtype)
+    dx, dbranch, dweight = backward(dy, ds, s, weight, 1e-5, s.dtype, 0.0, None)
     assert dx.shape == s.shape and dbranch.shape == (0,) and dweight.shape == weight.shape
 
 
@@ -119,8 +159,7 @@ def test_rms_norm_one_output_used():
             for fn in (kernels.rms_norm, rms_norm_file.rms_norm_ref)
         )
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b) if b is not None else None
-            assert (a is None) == (b is None)
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -292,12 +331,13 @@ def test_code_usage():
 
 def test_opcheck():
     x, w, r = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((5, 40), (40,), (5, 40)))
-    ops = torch.ops.nanollamagen
+    ops, seed = torch.ops.nanollamagen, torch.tensor([7], device=DEVICE)
     for op, args in (
-        (ops.rms_norm, (x, w, 1e-5)), (ops.add_rms_norm, (x, w, 1e-5, r)), (ops.swiglu, (x,)),
-        (ops.rms_norm_backward, (x.detach(), None, r.detach(), w.detach(), 1e-5, torch.float32)),
-        (ops.rms_norm_backward, (x.detach(), 2 * r.detach(), r.detach(), w.detach(), 1e-5, torch.float32)),
-        (ops.rms_norm_backward, (x.detach().half(), 2 * r.detach(), r.detach(), w.detach(), 1e-5, torch.float16)),
+        (ops.rms_norm, (x, w, 1e-5)), (ops.swiglu, (x,)),
+        (ops.add_rms_norm, (x, w, 1e-5, r, 0.0, None)), (ops.add_rms_norm, (x, w, 1e-5, r, 0.5, seed)),
+        (ops.rms_norm_backward, (x.detach(), None, r.detach(), w.detach(), 1e-5, torch.float32, 0.0, None)),
+        (ops.rms_norm_backward, (x.detach(), r.detach(), r.detach(), w.detach(), 1e-5, torch.float32, 0.5, seed)),
+        (ops.rms_norm_backward, (x.detach().half(), r.detach(), r.detach(), w.detach(), 1e-5, torch.half, 0.0, None)),
         (ops.swiglu_backward, (x.detach()[:, :20], x.detach())),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), True, True)),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), False, False)),
@@ -335,6 +375,17 @@ def test_compile_equals_eager(backend):
             assert step(compiled)[0].dtype == torch.float32
 
 
+def test_compiled_dropout():
+    """The seed is drawn within the compiled graph: other elements in every call, the same again backward."""
+    x, w, r = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((64, 32), (32,), (64, 32)))
+    compiled = torch.compile(lambda x, w, r: kernels.rms_norm(x, w, 1e-5, r, 0.5), fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        first, second = compiled(x, w, r)[1], compiled(x, w, r)[1]
+        (dx,) = torch.autograd.grad(second.sum(), x)
+    assert 0.4 < (second == r).float().mean() < 0.6 and not torch.equal(first == r, second == r)
+    assert torch.equal(dx, 2.0 * (second != r))
+
+
 def test_switch():
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="auto, triton, torch"):
@@ -347,6 +398,9 @@ def test_switch():
         kernels.swiglu(x[:, :3])
     with pytest.raises(ValueError, match="weight"):
         kernels.rms_norm(x, torch.ones(3), 1e-5)
+    for residual, share in ((x, 1.1), (x, -0.1), (None, 0.5)):
+        with pytest.raises(ValueError, match=f"not {share}"):
+            kernels.rms_norm(x, torch.ones(4), 1e-5, residual, share)
     assert kernels.use("auto") == "triton"
     assert not kernels.use_triton(x) and kernels.swiglu(x.double()).dtype == torch.float64
 
