@@ -19,14 +19,16 @@ from kernels import on_device, tl, triton, use_triton
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-TILES = {  # BLOCK_M, BLOCK_N, warps, stages: the largest that do not spill; by kernel and padded head, and architecture
+# BLOCK_M, BLOCK_N, warps, stages: of what does not spill, the fewest instructions per score; by kernel and padded head,
+# and architecture
+TILES = {
     ("fwd", 64): {"": (128, 64, 8, 2), "sm_90": (128, 64, 4, 3), "sm_100": (128, 64, 4, 3)},
     ("fwd", 128): {"": (128, 64, 8, 2), "sm_80": (128, 32, 8, 2), "hip": (64, 64, 4, 2)},
     ("dq", 64): {"": (128, 64, 8, 2)},
-    ("dq", 128): {"": (64, 32, 4, 2)},
+    ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2), "sm_100": (128, 64, 8, 1)},
     ("dkv", 64): {"": (64, 128, 8, 2), "hip": (32, 64, 4, 2), "grouped": (32, 64, 4, 2)},
-    ("dkv", 128): {"": (32, 64, 4, 2), "sm_80": (32, 64, 8, 2), "sm_90": (32, 64, 8, 2), "sm_100": (64, 64, 8, 1),
-                   "grouped": (32, 64, 8, 2), "grouped sm_100": (32, 64, 8, 1), "grouped hip": (32, 64, 4, 1)},
+    ("dkv", 128): {"": (64, 64, 8, 1), "sm_90": (32, 128, 8, 1), "grouped sm_90": (16, 128, 8, 1),
+                   "hip": (32, 64, 4, 2), "grouped hip": (32, 64, 4, 1)},
 }
 
 

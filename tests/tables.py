@@ -76,7 +76,7 @@ def of_time(ms, unit):
 def kernels_table():
     known = {(case.op, case.shape, case.direction): case for case in bench_kernels.cases()}
     rows = []
-    for text, bound, registers, keys in bench_kernels.README:
+    for text, bound, keys, registers in bench_kernels.README:
         cases = [known[key] for key in keys]
         unit = "ms" if cases[0].search or cases[0].passes else "us"
         floors = [of_time(case.floor_ms(TOP), unit) for case in cases]
@@ -96,8 +96,9 @@ def kernels_table():
         else:
             target = "-"
         found = [measured("kernels", op=op, shape=shape, direction=direction) for op, shape, direction in keys]
-        rows.append((text, floor, registers, predicted, target, of_kernel(found, unit, cases)))
-    head = ("kernel", "bound by", "sm_90: registers, spills", "predicted on an H100", "target", "measured")
+        used = " / ".join(map(str, registers.values()))
+        rows.append((text, floor, used, predicted, target, of_kernel(found, unit, cases)))
+    head = ("kernel", "bound by", "registers on sm_90", "predicted on an H100", "target", "measured")
     return markdown(head, rows)
 
 

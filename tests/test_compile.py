@@ -85,27 +85,24 @@ def search_cases(target):
 
 
 def rms_norm_cases(target):
-    """bfloat16 alone, and with the float32 stream of autocast; on sm_90 also the other pairs that models make."""
+    """The norm alone, after a residual add, and after dropout and that; on sm_90 also in float32, and odd widths."""
     file, f32, bf16 = importlib.import_module("kernels.rms_norm"), "float32", "bfloat16"
-    # x, residual, whether the sum has a gradient of its own, dropout
-    usual = ((bf16, None, False, False), (bf16, f32, True, False), (bf16, f32, True, True))
-    more = ((f32, None, False, False), (f32, f32, True, False), (f32, f32, True, True), (bf16, bf16, True, False),
-            (bf16, bf16, True, True), (bf16, f32, False, False), (bf16, f32, False, True))  # fmt: skip
-    runs = [(W, *run) for W in WIDTHS for run in usual]
-    if target == "sm_90":
-        runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True, True) for W in ODD_WIDTHS]
-    for W, x, residual, ds, drop in runs:
-        s, size = residual or x, (TOKENS, W, 1e-5, round(0.1 * 2**32))
-        name = f"W={W} {x}" + f" + {residual}" * bool(residual) + ", dropout" * drop
+    runs = [(W, bf16, add, add, drop) for W in WIDTHS for add, drop in ((False, False), (True, False), (True, True))]
+    if target == "sm_90":  # the sum of the last block has no gradient of its own
+        runs += [(W, bf16, True, False, drop) for W in WIDTHS[:-1] for drop in (False, True)]
+        runs += [(W, f32, add, add, add) for W in WIDTHS[:-1] for add in (False, True)]
+        runs += [(W, bf16, True, True, True) for W in ODD_WIDTHS]
+    for W, x, add, ds, drop in runs:
+        size = (TOKENS, W, 1e-5, round(0.1 * 2**32))
+        name = f"W={W} {x}" + " + residual" * add + " + dropout" * drop
         config = dict(file.launch_config(W, backward=False), DROP=drop)
-        if ds or not residual:
-            args, per = (x, s, f32, "int64", x, s, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
-            yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=bool(residual)), per, 1
-        config = dict(file.launch_config(W, backward=True), DROP=drop)
-        args, per = (x, s, s, f32, "int64", s, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
-        name += ", last" * (bool(residual) and not ds)
-        both = s != x or drop
-        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds, BOTH=both), per, 1
+        if ds or not add:
+            args, per = (x, x, f32, "int64", x, x, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+            yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=add), per, 1
+        config = dict(file.launch_config(W, True, drop), DROP=drop)
+        args, per = (x, x, x, f32, "int64", x, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+        name += ", last" * (add and not ds)
+        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds), per, 1
 
 
 def swiglu_cases(target):
@@ -286,11 +283,13 @@ def compile_all(targets):
 
 
 def test_compile(capsys):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     rows = table()
     with capsys.disabled():
         print("\n" + show(rows))
-    bad = [row for row in rows if row["stack"] or row["local"]]
+    # Tiles were chosen with 3.7; 3.6 spills one register in the attention of sm_90, up to five in that of sm_100
+    most = 16 if triton.__version__ < "3.7" else 0  # bytes
+    bad = [row for row in rows if row["stack"] > most or row["local"] > most]
     assert not bad, f"spills:\n{show(bad)}"
     bad = [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]]
     assert not bad, f"too much shared memory:\n{show(bad)}"
@@ -303,6 +302,24 @@ def test_compile(capsys):
     cached = [row for row in rows if row["kernel"].startswith("decode")]
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
     assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
+    if triton.__version__.startswith("3.7"):
+        check_figures({row["kernel"]: row for row in rows if row["target"] == "sm_90"})
+
+
+def check_figures(rows):
+    """What the benchmarks' predictions and the README's table take from here; half a percent for rounding."""
+    import bench_kernels as bench
+
+    for pattern, registers in {k: v for *_, figures in bench.README for k, v in figures.items()}.items():
+        found = [row["registers"] for name, row in rows.items() if re.fullmatch(pattern, name)]
+        assert found and max(found) == registers, f"{pattern}: {registers} registers, compiled {found}"
+    for (D, l2), (half, *_) in bench.SEARCH.items():
+        found = rows[f"nearest_code {'l2' if l2 else 'euclid'} D={D}"]["half_rate"]
+        assert found == pytest.approx(half, abs=0.005 * half), f"SEARCH of D {D}: {half}, compiled {found}"
+    for (D, inside), counts in bench.ATTENTION.items():
+        names = (f"attention {part} D={D}" + " inside" * inside for part in ("fwd", "dq", "dkv"))
+        found = [rows[name]["per_element"] for name in names]
+        assert found == pytest.approx(counts, abs=0.06), f"ATTENTION of D {D}: {counts}, compiled {found}"
 
 
 if __name__ == "__main__":
