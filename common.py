@@ -98,9 +98,10 @@ def autocast(device, dtype):
 
 
 def pick_dtype(name, device):
-    """"auto" means bfloat16 on a CUDA device that has it and float32 elsewhere."""
+    """"auto" means bfloat16 on a CUDA device that has it and float32 elsewhere, also where it would be emulated."""
     if name == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_it else "float32"
     return name
 
 

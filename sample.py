@@ -100,12 +100,12 @@ class Loop:
         self.graphs = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                pool = torch.cuda.graph_pool_handle()
-                self.graphs = {rows: self.capture(model, rows, pool) for rows in later_rows}
+                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                self.graphs = {rows: self.capture(model, rows, pool, stream) for rows in later_rows}
 
-    def capture(self, model, rows, pool):
-        """One step as a CUDA graph, after two that run as they are: libraries set themselves up in those."""
-        stream = torch.cuda.Stream()
+    def capture(self, model, rows, pool, stream):
+        """One step as a CUDA graph, after two that run as they are: libraries set themselves up in those, for each
+        stream anew (cuBLAS its workspace), so all of it is on one."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -113,7 +113,7 @@ class Loop:
                 self.step(model, rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self.step(model, rows)
         return graph
 

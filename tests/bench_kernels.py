@@ -448,11 +448,20 @@ def check(case, inputs, upstream):
 
 
 def replay(call):
-    """What runs call on a GPU without the host: a captured CUDA graph of it."""
+    """What runs call on a GPU without the host: a captured CUDA graph of it.
+
+    RuntimeError for a call that waits for the GPU, before it is captured: after a capture that failed, the allocator of
+    some PyTorch versions (2.11) refuses to free memory, and the rows to come would fail as well.
+    """
     if bench.DEVICE != "cuda":
         return call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # comes back to it after a failure
         call()
     return graph.replay
 
@@ -475,7 +484,7 @@ def measure(case, top, quick=False, only_check=False):
     if not quick:
         contenders |= dict(compile=lambda: compiled(case.eager)) | case.rivals
         contenders |= dict(library=lambda: case.library) if case.library else {}
-    times = {}
+    times, failed = {}, []
     for name, make in contenders.items():
         bench.release_memory()  # what was compiled for one backend of attention is not for the next
         try:
@@ -483,6 +492,7 @@ def measure(case, top, quick=False, only_check=False):
         except Exception as error:  # a rival that does not run or fit here
             if name == "ours":
                 raise
+            failed.append(name)
             print(f"  {case.op} {case.shape}, {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
     row.update(zip(("ours_ms", "p20_ms", "p80_ms", "peak_mib"), times["ours"], strict=True))
     row["share_of_floor"] = row["floor_ms"] / row["ours_ms"]
@@ -490,6 +500,7 @@ def measure(case, top, quick=False, only_check=False):
     for name in ("eager", "compile", "library", *RIVALS):
         ms, _, _, peak = times.get(name) or (None,) * 4
         row.update({f"{name}_ms": ms, f"{name}_peak_mib": peak, f"vs_{name}": ms and ms / row["ours_ms"]})
+    row["failed"] = ", ".join(failed)
     row["targets"] = ", ".join(f"{name} {value:g}" for name, value in case.targets.items())
     row["missed"] = ", ".join(missed(case, row)) if bench.DEVICE == "cuda" else ""
     return row

@@ -1,6 +1,9 @@
 """The benchmarks without a GPU: the README's tables are those of the code, rows survive, and the scripts run dry."""
 
+import contextlib
+import dataclasses
 import subprocess
+from types import SimpleNamespace
 
 import bench_kernels
 import bench_sample
@@ -47,6 +50,35 @@ def test_rows_stay_and_failures_tell(tmp_path, capsys):
     assert [(row["a"], row["b"], row["c"]) for row in rows] == [("2", "3.5", ""), ("1", "4.5", "")]
     assert all(row["torch"] and row["date"] for row in rows) and kernels.mode() == before
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_a_rival_that_waits_for_the_gpu_is_not_captured(monkeypatch):
+    """PyTorch refuses it before that, and the setting that makes it do so does not stay."""
+    modes, captured, cuda = [], [], benchmark.torch.cuda
+
+    def waits():
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(benchmark, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(cuda, "graph", lambda graph: captured.append(graph) or contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(cuda, "stream", contextlib.nullcontext)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        bench_kernels.replay(waits)
+    assert modes == ["error", "default"] and not captured
+    assert bench_kernels.replay(lambda: None) == "replay" and modes[-1] == "default" and len(captured) == 1
+
+
+def test_a_rival_that_fails_costs_its_figure_only(monkeypatch, capsys):
+    """The row names it."""
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    case = next(bench_kernels.drawing_cases(bench_kernels.TINY))
+    row = bench_kernels.measure(dataclasses.replace(case, library=lambda *_: 1 / 0), benchmark.Ceilings())
+    assert row["failed"] == "library" and row["library_ms"] is None and row["compile_ms"] and row["ours_ms"]
+    assert "library: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_rows_for_which_no_time_is_left(tmp_path, capsys):

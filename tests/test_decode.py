@@ -124,6 +124,13 @@ def test_steps_equal_the_whole_sequence(hidden, mode):
     torch.testing.assert_close(torch.stack(steps, 1), whole)
 
 
+def check_same(a, b, mode):
+    """Bit for bit, but for the PyTorch path on a GPU: cuBLAS picks its kernels, and with them the order of sums, by the
+    number of products and by strides."""
+    tolerance = dict(rtol=1e-5, atol=1e-5) if DEVICE == "cuda" and mode == "torch" else dict(rtol=0, atol=0)
+    torch.testing.assert_close(a, b, **tolerance)
+
+
 @pytest.mark.parametrize("mode", ["triton", "torch"])
 @pytest.mark.parametrize("G, hidden", [(4, None), (2, (5, 0, 9, 0, 2, 0, 0, 1))], ids=["plain", "grouped, padded"])
 def test_rows_do_not_depend_on_the_batch(G, hidden, mode, monkeypatch):
@@ -135,7 +142,8 @@ def test_rows_do_not_depend_on_the_batch(G, hidden, mode, monkeypatch):
         for B in (1, 3, 8):
             layer, padding = [x[0, :B] for x in caches], None if hidden is None else hidden[:B]
             results.append(kernels.decode_attention(qkv[:B], cos, sin, *layer, at(position), 4, G, padding))
-        assert all(torch.equal(y, results[-1][: len(y)]) for y in results)
+        for y in results:
+            check_same(y, results[-1][: len(y)], mode)
 
 
 def test_layouts():
@@ -153,7 +161,8 @@ def test_layouts():
                 y = kernels.decode_attention(x, cos, sin, *caches, at(7), 2, 1, hidden)
                 assert caches[0][:, :, 7].eq(k[0, :3, :, 7]).all()
                 results.append(y)
-        assert all(torch.equal(y, results[0]) for y in results)
+        for y in results:
+            check_same(y, results[0], mode)
 
 
 def test_caches_that_the_kernel_does_not_serve():

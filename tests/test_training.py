@@ -502,6 +502,16 @@ def test_peak_of_the_device_that_is_there(monkeypatch):
     assert training.peak_flops(torch.device("cpu"), "bfloat16") is None
 
 
+def test_emulated_bfloat16_is_not_picked(monkeypatch):
+    """V100 and T4 compute it by way of float32, and slower than that."""
+    for native in (True, False):
+        supported = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert common.pick_dtype("auto", torch.device("cuda")) == ("bfloat16" if native else "float32")
+        assert common.pick_dtype("bfloat16", torch.device("cuda")) == "bfloat16"
+        assert common.pick_dtype("auto", torch.device("cpu")) == "float32"
+
+
 def test_share_of_the_peak_is_logged(codes, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "peak_flops", lambda device, dtype: 1e9)
     row = run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 1))[0]
