@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
+from codes import CodeFile, file_sha256, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
 from common import launched, make_folder, pick_device, read_file, save_grid, to_uint8
 from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
-from encode import CodeFile, file_sha256, open_tokenizer
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
 from losses import LPIPS

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
+from codes import file_sha256
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import (
     evaluating,
@@ -42,7 +43,6 @@ from common import (
     to_uint8,
     whole_characters,
 )
-from encode import file_sha256
 from gpt import GPT
 from t5 import clean_caption
 from vq import VQModel

@@ -16,10 +16,10 @@ from test_sample import files, small_gpt, small_vq  # noqa: F401 - a fixture
 
 import evaluate
 import losses
+from codes import CodeWriter, file_sha256
 from command_line import cli
 from common import save_file
 from data import load_images
-from encode import CodeWriter, file_sha256
 from evaluate import Images, features, frechet_distance, inception_score, precision_recall, psnr, ssim, statistics
 from inception import BLOCKS, FILES, Inception, resize
 
