@@ -478,6 +478,7 @@ def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_impossible_options_are_refused(monkeypatch):
     for world, options, message in (
         (1, ("--save-every", 4, "--keep-every", 6), "--keep-every 6 is no multiple of --save-every 4"),
+        (1, ("--save-every", 0, "--keep-every", 5), "--keep-every 5 keeps what --save-every writes, and that is 0"),
         (1, ("--keep-every", -1), "--keep-every cannot be below 0"),
         (1, ("--max-bad-steps", 0), "--max-bad-steps has to be above 0"),
         (3, (), "--batch-size 8 is no multiple of --micro-batch-size 3 times 3 processes"),
