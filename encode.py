@@ -34,10 +34,12 @@ from data import (
     center_crop,
     check_images,
     check_size,
+    check_unusable,
     eval_batches,
     load_images,
     mirrored,
     ten_crop,
+    too_many,
 )
 from distributed import everyone, processes, say
 from t5 import T5Encoder
@@ -143,9 +145,7 @@ def written(folder, meta):
 
 
 def check_lost(lost, image_set):
-    n = len(image_set)
-    if lost > image_set.bad_share * n:
-        raise ValueError(f"{lost} of {n} images ({lost / n:.1%}) cannot be read: --check-data names them")
+    check_unusable(lost, len(image_set), image_set.bad_share, image_set.source, "--check-data names them")
 
 
 def encode_images(vq, image_set, indices, crop, folder, meta, args, device, reader, bar):
@@ -188,7 +188,7 @@ def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, r
                             pictures_sha256=pictures_sha256(image_set))  # fmt: skip
         there = everyone([written(folder, meta) for folder in folders])[0]  # of process 0: others may be late
     lost = sum(len(part) - n for part, n in zip(parts, there, strict=True) if n is not None)
-    if lost > image_set.bad_share * len(image_set):  # the run before ended by it: they may have been mended since
+    if too_many(lost, len(image_set), image_set.bad_share):  # the run before ended by it: mended since, perhaps
         there, lost = [n if n == len(part) else None for part, n in zip(parts, there, strict=True)], 0
     if whole := sum(n is not None for n in there):
         say(f"{split}: {whole} of {len(parts)} parts are there")
