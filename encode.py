@@ -232,7 +232,7 @@ def main():
         raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
     if args.check_data:
         return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
-    with processes(args.device, timedelta(days=9)) as (device, rank, world):  # to wait for slower ones
+    with processes(args.device, timedelta(days=9), gradients=False) as (device, rank, world):  # to wait for slower ones
         vq = VQModel.from_pretrained(args.vq).to(device)
         check_size(size, vq.config.factor)
         result = make_folder(args.out) / "result.json"  # written last: all is there
