@@ -1,7 +1,8 @@
 """Images -> code files for train_gpt.py: OUT/train and OUT/val, each codes.npy, labels.npy and meta.json.
 
 With --text, their captions too: as tokens, or as features of FLAN-T5. Large sets are encoded in parts, which torchrun's
-processes share; the same command goes on after an interruption, and the files are those of one process.
+processes share; the same command goes on after an interruption, and the files are those of one process. Two runs into
+one folder at once are refused.
 
     python encode.py --vq out/vq/vq.pt --data digits --size 32 --crops random --n-random 6 --out out/codes
     torchrun --standalone --nproc_per_node=8 -- encode.py --vq vq_ds16_c2i.pt --data imagenet --size 256 --crops ten \\
@@ -13,9 +14,10 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +46,11 @@ from data import (
 from distributed import everyone, processes, say
 from t5 import T5Encoder
 from vq import VQModel
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one folder are not told apart
+    fcntl = None
 
 CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
 PART = 4096  # images of a part, which is what an interrupted run may lose
@@ -120,6 +127,39 @@ def caption_reader(args, device):
         captions = itertools.islice((caption for texts in captions for caption in texts), 0, None, every)
         model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
     return CaptionTokens(everyone(model)[0], args.text_length)
+
+
+def lock(path):
+    """The file, locked until it is closed or the process ends, or None where another process holds it."""
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.close()
+        except OSError:  # a file system without locks
+            return file
+        if os.fstat(file.fileno()).st_nlink:  # else a run that ended has just removed it
+            os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
+            return file
+        file.close()
+
+
+@contextmanager
+def alone(out, rank):
+    """OUT belongs to this run, all its processes, until the end; ValueError where another run is writing to it."""
+    file = refused = None
+    if rank == 0 and fcntl:
+        file = lock(out / ".lock")
+        refused = file is None
+    if everyone(refused)[0]:
+        raise ValueError(f"another run is writing to {out}: wait until it ends, or give another --out")
+    try:
+        yield
+    finally:
+        if file:
+            (out / ".lock").unlink(missing_ok=True)
+            file.close()
 
 
 def pictures_sha256(image_set):
@@ -223,6 +263,27 @@ def join(folder, parts, image_set, reader):
     return n
 
 
+def run(vq, args, size, device, rank, world):
+    """What main() does in each of `world` processes; the first joins what all have written."""
+    result = args.out / "result.json"  # written last: all is there
+    sha, reader = file_sha256(args.vq), caption_reader(args, device)
+    start, splits = time.perf_counter(), {}
+    for split in ("train", "val"):
+        splits[split] = encode_split(vq, split, args, size, device, rank, world, sha, reader)
+    everyone(None)  # all parts are written
+    if rank > 0:
+        return
+    images = {split: join(args.out / split, *found, reader) for split, found in splits.items()}
+    seconds = time.perf_counter() - start
+    result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
+    for split in splits:
+        if splits[split][0] != [args.out / split]:
+            for part in splits[split][0]:  # first, so that a kill leaves no part that looks whole
+                (part / "meta.json").unlink()
+            shutil.rmtree(args.out / f"{split}.parts")
+    print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
+
+
 def main():
     args = options()
     size = as_size(args.size)
@@ -235,23 +296,8 @@ def main():
     with processes(args.device, timedelta(days=9), gradients=False) as (device, rank, world):  # to wait for slower ones
         vq = VQModel.from_pretrained(args.vq).to(device)
         check_size(size, vq.config.factor)
-        result = make_folder(args.out) / "result.json"  # written last: all is there
-        sha, reader = file_sha256(args.vq), caption_reader(args, device)
-        start, splits = time.perf_counter(), {}
-        for split in ("train", "val"):
-            splits[split] = encode_split(vq, split, args, size, device, rank, world, sha, reader)
-        everyone(None)  # all parts are written
-    if rank > 0:
-        return
-    images = {split: join(args.out / split, *found, reader) for split, found in splits.items()}
-    seconds = time.perf_counter() - start
-    result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
-    for split in splits:
-        if splits[split][0] != [args.out / split]:
-            for part in splits[split][0]:  # first, so that a kill leaves no part that looks whole
-                (part / "meta.json").unlink()
-            shutil.rmtree(args.out / f"{split}.parts")
-    print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
+        with alone(make_folder(args.out), rank):
+            run(vq, args, size, device, rank, world)
 
 
 if __name__ == "__main__":

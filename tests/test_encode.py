@@ -1,8 +1,13 @@
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -190,6 +195,97 @@ def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
         run(pictures, out)
     run(pictures, out)
     assert files(out) == whole
+
+
+def held(pictures, out):
+    """A run into `out` in another process, which stops before its third part; and what lets it go on."""
+    fork = multiprocessing.get_context("fork")
+    there, go = fork.Event(), fork.Event()
+
+    def wait():
+        seen, real = [], encode.encode_images
+
+        def encode_images(*args):
+            seen.append(0)
+            if len(seen) == 3:
+                there.set()
+                assert go.wait(60)
+            return real(*args)
+
+        encode.encode_images = encode_images
+        run(pictures, out)
+
+    first = fork.Process(target=wait, daemon=True)
+    first.start()
+    assert there.wait(60)
+    return first, go
+
+
+def test_two_runs_into_one_folder(pictures, whole, tmp_path):
+    """The second is refused, be it one process or two, and what the first writes stays whole."""
+    out = tmp_path / "codes"
+    first, go = held(pictures, out)
+    try:
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="another run is writing to .*codes: wait until it ends, or give another"):
+            run(pictures, out)
+        assert two(pictures, out, part=2) == [1, 1]
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    finally:
+        go.set()
+        first.join(60)
+    assert first.exitcode == 0 and files(out) == whole
+
+
+def test_a_killed_run_leaves_no_lock(pictures, whole, tmp_path):
+    """Though its file is there, and a process that it forked, as those that read images, lives on."""
+    out, fork = tmp_path / "codes", multiprocessing.get_context("fork")
+
+    def start(pipe):
+        with encode.alone(out, 0):
+            child = fork.Process(target=time.sleep, args=(60,))
+            child.start()
+            pipe.send(child.pid)
+            time.sleep(60)
+
+    out.mkdir()
+    here, pipe = fork.Pipe()
+    killed = fork.Process(target=start, args=(pipe,))
+    killed.start()
+    child = here.recv()
+    killed.kill()
+    killed.join()
+    try:
+        assert (out / ".lock").exists()
+        run(pictures, out)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert files(out) == whole
+
+
+def test_a_lock_is_not_taken_on_a_file_that_is_gone(tmp_path, monkeypatch):
+    """That of a run which ends between the opening and the locking."""
+    path, real = tmp_path / ".lock", fcntl.flock
+
+    def flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        path.unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with encode.alone(tmp_path, 0):
+        assert path.exists() and encode.lock(path) is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("how", ["system", "folder"])
+def test_where_there_are_no_locks(pictures, whole, tmp_path, monkeypatch, how):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(encode, "fcntl", None) if how == "system" else monkeypatch.setattr(fcntl, "flock", flock)
+    run(pictures, tmp_path / "codes", part=100)
+    assert files(tmp_path / "codes") == whole
 
 
 def test_what_is_refused_changes_nothing(pictures, tmp_path):
