@@ -88,7 +88,7 @@ class Loop:
         c, device = model.config, model.output.weight.device
         length = c.grid[0] * c.grid[1]
         self.settings, self.cache = settings, model.new_cache(rows)
-        self.hidden = torch.zeros(rows, dtype=torch.long, device=device) if c.cond != "class" else None
+        self.padding = torch.zeros(rows, dtype=torch.long, device=device) if c.cond != "class" else None
         self.noise = torch.zeros(batch, length, device=device)
         self.codes = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.last = torch.zeros(rows, dtype=torch.long, device=device)
@@ -120,9 +120,9 @@ class Loop:
         self.clock.copy_(self.start)
         if noise is not None:
             self.noise.copy_(noise)
-        logits, hidden = model.prefill(cond, cond_mask, self.cache)
-        if self.hidden is not None:
-            self.hidden.copy_(hidden) if hidden is not None else self.hidden.zero_()
+        logits, padding = model.prefill(cond, cond_mask, self.cache)
+        if self.padding is not None:
+            self.padding.copy_(padding) if padding is not None else self.padding.zero_()
         self.draw(logits)
 
     def step(self, model, rows):
@@ -130,8 +130,8 @@ class Loop:
         if rows in self.graphs:
             return self.graphs[rows].replay()
         self.clock += 1
-        hidden = None if self.hidden is None else self.hidden[:rows]
-        self.draw(model.step(self.last[:rows], self.position, hidden, self.cache))
+        padding = None if self.padding is None else self.padding[:rows]
+        self.draw(model.step(self.last[:rows], self.position, padding, self.cache))
 
     def draw(self, logits):
         batch, rows = len(self.codes), len(logits)

@@ -567,8 +567,8 @@ def test_code_vectors_change_nothing_at_first_and_fold_into_the_tables(made):
 
 def test_caption_loss_is_of_the_caption_and_of_training():
     model = small_gpt(**TOKENS, caption_loss_weight=0.3)
-    prefix, hidden, _ = model.embed_condition(IDS, None)
-    x, table = model.transform(prefix, hidden), model.cls_embedding.tok_embeddings.weight.double()
+    prefix, padding, _ = model.embed_condition(IDS, None)
+    x, table = model.transform(prefix, padding), model.cls_embedding.tok_embeddings.weight.double()
     terms = [-(table @ x[b, i].double()).log_softmax(0)[IDS[b, i + 1]] for b in range(3) for i in range(4) if IDS[b, i]]
     direct = torch.stack(terms).mean()
     torch.testing.assert_close(model.caption_loss(x, IDS).double(), direct, atol=1e-6, rtol=1e-6)
