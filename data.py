@@ -41,6 +41,7 @@ class ImageSet:
     scale: float = 1.25  # random crops come out of 1 to `scale` times their size
     captions: list | None = None  # a list of strings per picture
     bad_share: float = BAD_SHARE
+    source: str = "the images"  # whose they are, for errors
 
     def __len__(self):
         return len(self.images)
@@ -67,7 +68,7 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     if str(data) not in BUILT_IN:
         read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
         pictures = _split(Path(data), split, val_data, lambda path: read(path, text, bad_share))
-        pictures = replace(pictures, bad_share=bad_share)
+        pictures = replace(pictures, bad_share=bad_share, source=f"{data}, {split}")
         if text:  # after the split, which is the same with captions and without
             pictures = pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
         return pictures
@@ -143,6 +144,18 @@ def _list(folder):
     return images, folders
 
 
+def too_many(n, total, share):
+    """Are n unusable ones of `total` more than the share that may be left out, or all?"""
+    return n > share * total or n == total > 0
+
+
+def check_unusable(n, total, share, source, hint):
+    """ValueError where too many pictures have no usable caption or image; it ends in `hint`."""
+    if too_many(n, total, share):
+        some = f"{n} of {total} ({n / total:.1%}) have no usable caption or image"
+        raise ValueError(f"{source}: {f'everything is unusable ({n} of {total})' if n == total else some}, {hint}")
+
+
 class Rejects:
     """What had to be left out: the log names the first ten (with level INFO all), and too many of them end the run."""
 
@@ -159,9 +172,7 @@ class Rejects:
             raise ValueError(f"{self.source}: it has no line, so no captioned images")
         if self.n:
             log.log(logging.WARNING if self.n > 10 else logging.INFO, "left out: %d in all of %d", self.n, total)
-        if self.n > self.share * total or self.n == total:
-            bad = f"{self.n} of {total} ({self.n / total:.1%}) have no usable caption or image"
-            raise ValueError(f"{self.source}: {bad}, the first is {self.first}")
+        check_unusable(self.n, total, self.share, self.source, f"the first is {self.first}")
 
 
 def clean_texts(texts):
@@ -365,7 +376,7 @@ def _leave_signals_to_the_run(_):
 
 
 def _batches(image_set, views, batch_sampler, workers):
-    """Yields (images, labels, indices), names each unreadable image once and stops when they pass its bad_share."""
+    """Yields (images, labels, indices), names each unreadable image once; ValueError when they are too many."""
     loader = torch.utils.data.DataLoader(
         views, batch_sampler=batch_sampler, collate_fn=_collate, num_workers=workers,
         worker_init_fn=_leave_signals_to_the_run,
@@ -377,9 +388,8 @@ def _batches(image_set, views, batch_sampler, workers):
                 continue
             seen[index] = f"{image_set.images[index]} ({error})"
             log.warning("unreadable image left out: %s", seen[index])
-            if len(seen) > image_set.bad_share * len(image_set):
-                raise ValueError(f"{len(seen)} of {len(image_set)} images ({len(seen) / len(image_set):.1%}) cannot be "
-                                 f"read, the first is {next(iter(seen.values()))}")
+            check_unusable(len(seen), len(image_set), image_set.bad_share, image_set.source,
+                           f"the first is {next(iter(seen.values()))}")
         if images is not None:
             yield images, labels, indices
 
@@ -420,7 +430,8 @@ def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, tr
     """Endless (images [B/world, 3, H, W], labels int64 [B/world]); batch s depends on (seed, s) alone, so it resumes.
 
     batch_size B is over all ranks; every batch is full, running on into the next epoch. train: random crops, and flips
-    where the set allows them; otherwise centre crops. Raises ValueError when more than its bad_share is unreadable.
+    where the set allows them; otherwise centre crops. Raises ValueError when more than its bad_share is unreadable, or
+    all.
     """
     n = len(image_set)
     check_batch(n, batch_size, world)
@@ -470,7 +481,7 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
     (h, w), checked = _pair(size), []
     for split in ("train", "val"):
         pictures = load_images(data, split, size, val_data, text, bad_share)
-        rejects, sizes = Rejects(f"{data}, {split}", bad_share), []
+        rejects, sizes = Rejects(pictures.source, bad_share), []
         loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, num_workers=workers,
                                              worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator())
         with logging_redirect_tqdm():

@@ -16,10 +16,10 @@ from sklearn.svm import SVC
 
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
+from codes import CodeFile
 from command_line import DEVICE_HELP, Parser, add_command, cli
 from common import make_folder, pick_device, save_grid, to_uint8
 from data import center_crop, load_images, to_tensor
-from encode import CodeFile
 from evaluate import reconstruct, reconstruction_psnr
 from sample import load_models, paint, read_captions
 from vq import usage_and_perplexity

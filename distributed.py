@@ -18,22 +18,33 @@ from torch.nn.parallel import DistributedDataParallel
 from common import launched, pick_device
 
 
+def by_torchrun():
+    """Did torchrun start this process, be it the only one?"""
+    return "RANK" in os.environ or launched()[1] > 1
+
+
+def own_device(name):
+    """As pick_device; of GPUs each of torchrun's processes has its own."""
+    device = pick_device(name)
+    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" and by_torchrun() else device
+
+
 @contextmanager
-def processes(device_name, timeout=None):
+def processes(device_name, timeout=None, gradients=True):
     """Join torchrun's processes, if it started this one; yields (device, rank, number of processes).
 
-    timeout: a timedelta that a process may wait for the others (default: PyTorch's).
+    timeout: a timedelta that a process may wait for the others (default: PyTorch's). gradients: GPUs exchange tensors,
+    over NCCL; without, processes exchange what lies in main memory only, over gloo.
     """
-    (rank, world), device = launched(), pick_device(device_name)
-    if world == 1 and "RANK" not in os.environ:
+    (rank, world), device = launched(), own_device(device_name)
+    if not by_torchrun():
         yield device, rank, world
         return
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gradients and device.type == "cuda" else "gloo", timeout=timeout)
     yield device, rank, world
-    dist.destroy_process_group()  # not after an error: NCCL would wait for processes that wait for this one
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
 
 
 def say(text):
@@ -42,8 +53,14 @@ def say(text):
         print(text)
 
 
+def barrier():
+    """Wait until every process is here. After an error nobody may: the others would take it that all is well."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def total(value):
-    """The sum of a tensor over all processes."""
+    """The sum of a tensor over all processes, which replaces it."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value

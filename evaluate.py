@@ -13,24 +13,23 @@ mixing the two is the usual reason why published figures are not met. Under torc
 import hashlib
 import json
 import math
-import os
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
+from codes import CodeFile, file_sha256, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
-from common import launched, make_folder, pick_device, read_file, save_grid, to_uint8
+from common import launched, make_folder, read_file, save_grid, to_uint8
 from data import DATA_HELP, EXTENSIONS, as_size, check_size, eval_batches, load_images, open_image
-from encode import CodeFile, file_sha256, open_tokenizer
+from distributed import barrier, everyone, processes, total
 from gpt import GPT
 from inception import POOL, SPATIAL, Inception, hub_file
 from losses import LPIPS
@@ -200,29 +199,16 @@ class Images:
                     yield start, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextmanager
 def scratch(folder=None):
-    """A folder that all processes see: the one given, or a temporary one."""
+    """A folder that all processes see: the one given, or a temporary one, which goes when all are done with it."""
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         yield Path(folder)
         return
-    rank, _ = launched()
-    temporary = tempfile.TemporaryDirectory() if rank == 0 else None
-    name = [temporary.name if temporary else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)
-    try:
-        yield Path(name[0])
-    finally:
+    with tempfile.TemporaryDirectory() if launched()[0] == 0 else nullcontext() as name:
+        yield Path(everyone(name)[0])
         barrier()
-        if temporary:
-            temporary.cleanup()
 
 
 def open_rows(path, shape):
@@ -329,7 +315,7 @@ def write_result(path, result, hide=()):
 
 def compare(samples, ref, args):
     """Samples against a reference: FID, sFID, IS, precision and recall of the ADM evaluator."""
-    device = pick_device(args.device)
+    device = args.device
     network = load_inception(args.inception, device)
     with scratch(args.cache) as folder:
         rows = features(Images(samples), network, device, folder)
@@ -375,7 +361,7 @@ def self_check(args):
 @torch.no_grad()
 def recon(args):
     """rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer on held-out images."""
-    device, (rank, world) = pick_device(args.device), launched()
+    device, (rank, world) = args.device, launched()
     args.size = as_size(args.size)
     make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
@@ -410,9 +396,7 @@ def recon(args):
                 feats[1][at] = network(y.to(device))[0].cpu()
             bar.update(len(x))
         bar.close()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(late)
+        total(counts), total(late)
         if rank:
             return
         done = np.flatnonzero(values[:, 4])  # unreadable images were left out
@@ -455,7 +439,7 @@ def reconstruction_psnr(images, reconstructions):
 @torch.no_grad()
 def show_codes(args):
     """A random page of stored codes, decoded, and how often each code occurs."""
-    device, codes = pick_device(args.device), CodeFile(args.codes)
+    device, codes = args.device, CodeFile(args.codes)
     make_folder(args.out)
     vq = open_tokenizer(args.vq, codes, args.codes, device)
     counts = codes.counts()
@@ -478,7 +462,7 @@ def show_codes(args):
 @torch.no_grad()
 def likelihood(args):
     """Teacher-forced loss of a GPT on stored codes: what they cost it, overall and per class."""
-    device, codes, (rank, world) = pick_device(args.device), CodeFile(args.codes), launched()
+    device, codes, (rank, world) = args.device, CodeFile(args.codes), launched()
     out = result_file(args.out or f"{args.gpt}.likelihood.json")
     gpt = GPT.from_pretrained(args.gpt, grid=codes.grid).to(device)
     kind = {"t5": "text"}.get(codes.captions.kind, "tokens") if codes.captions else "class"
@@ -500,13 +484,11 @@ def likelihood(args):
         nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().mean(1)
         right = (logits.argmax(-1) == tokens).double().mean(1)
         sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), nats, right, nats * nats], 1).cpu())
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    total, nats, right, squares = (float(x) for x in sums.sum(0))
-    nats, right = nats / total, right / total
-    error = math.sqrt(max(squares / total - nats**2, 0) / max(total - 1, 1))
+    images, nats, right, squares = (float(x) for x in total(sums).sum(0))
+    nats, right = nats / images, right / images
+    error = math.sqrt(max(squares / images - nats**2, 0) / max(images - 1, 1))
     per_class = {codes.class_names[i]: float(sums[i, 1] / sums[i, 0]) for i in range(classes) if sums[i, 0]}
-    result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(total), nats_per_token=nats,
+    result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(images), nats_per_token=nats,
                   standard_error=error, bits_per_token=nats / math.log(2), perplexity=math.exp(nats), top_1=right,
                   uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)  # fmt: skip
     write_result(out, result)
@@ -552,14 +534,10 @@ def options():
 
 
 def main():
-    args, (_, processes) = options(), launched()
-    if processes == 1:
-        return args.run(args)
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
-    if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.run(args)
-    dist.destroy_process_group()
+    args = options()
+    with processes(args.device, timedelta(days=1), gradients=False) as (device, _, _):  # the first may have long to do
+        args.device = device
+        args.run(args)
 
 
 if __name__ == "__main__":

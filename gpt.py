@@ -1,7 +1,7 @@
 """The Llama that predicts image codes in raster order (LlamaGen, arXiv 2406.06525, section 2.2).
 
 Shapes: B, T, C tokens; T = n_cond condition tokens, then image tokens; H query heads, G key and value heads of D
-channels; V codes; L layers; S positions in a cache. `hidden`, int64 [B]: how many condition tokens at the left are
+channels; V codes; L layers; S positions in a cache. `padding`, int64 [B]: how many condition tokens at the left are
 padding, which no other token sees (None: none are). Parameter names are those of LlamaGen's published files, which
 `GPT.from_pretrained` reads.
 """
@@ -132,20 +132,20 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
         self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x, cos, sin, hidden=None, cache=None, position=None):
+    def forward(self, x, cos, sin, padding=None, cache=None, position=None):
         """Causal attention of x [B, T, C], whose keys and values go into `cache`, a pair of [B, G, S, D], if there is
         one; or, with `position` int64 [1], of the token x [B, C] there over those in the cache. Returns x's shape.
         """
         qkv = self.wqkv(x)
         if position is not None:
-            y = kernels.decode_attention(qkv, cos, sin, *cache, position, self.n_head, self.n_kv_head, hidden)
+            y = kernels.decode_attention(qkv, cos, sin, *cache, position, self.n_head, self.n_kv_head, padding)
             return self.wo(y)  # B, C
         if cache is not None:
             t, d, g = x.shape[1], self.head_dim, self.n_kv_head
             k, v = qkv.unflatten(-1, (-1, d))[:, :, self.n_head :].split(g, dim=2)  # B, T, G, D
             for past, new in zip(cache, (apply_rope(k, cos, sin), v), strict=True):
                 past[:, :, :t, :d] = new.transpose(1, 2)
-        return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, hidden))  # B, T, C
+        return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, padding))  # B, T, C
 
 
 class FeedForward(nn.Module):
@@ -235,8 +235,8 @@ class CaptionEmbedder(nn.Module):
         return F.pad(torch.full_like(ids[:, :1], END), (ids.shape[1] - 1, 0), value=PAD)
 
     def forward(self, ids):
-        hidden = (ids == PAD).sum(1, keepdim=True)
-        position = torch.arange(ids.shape[1], device=ids.device) - hidden  # a token's place in its caption
+        padding = (ids == PAD).sum(1, keepdim=True)
+        position = torch.arange(ids.shape[1], device=ids.device) - padding  # a token's place in its caption
         return self.tok_embeddings(ids) + self.pos_embeddings(position.clamp(min=0))  # B, n_cond, C
 
 
@@ -382,7 +382,7 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return losses / (targets >= 0).sum().clamp(min=1)
 
-    def transform(self, x, hidden=None, cache=None, position=None):
+    def transform(self, x, padding=None, cache=None, position=None):
         """The blocks over x [B, T, C] from the first position on, or over the token x [B, C] at `position`."""
         cos, sin = (self.cos, self.sin) if x.dim() == 2 else (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
         if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, as its branches and as in sampling
@@ -390,9 +390,9 @@ class GPT(nn.Module):
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(block, x, residual, cos, sin, hidden, use_reentrant=False)
+                x, residual = checkpoint(block, x, residual, cos, sin, padding, use_reentrant=False)
             else:
-                x, residual = block(x, residual, cos, sin, hidden, cache and cache.layer(i, len(x)), position)
+                x, residual = block(x, residual, cos, sin, padding, cache and cache.layer(i, len(x)), position)
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):
@@ -407,9 +407,9 @@ class GPT(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
             raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, t < h*w]")
-        prefix, hidden, cond = self.embed_condition(cond, cond_mask)
+        prefix, padding, cond = self.embed_condition(cond, cond_mask)
         x = torch.cat([prefix, self.embed_codes(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
-        x = self.transform(x, hidden)
+        x = self.transform(x, padding)
         y = x[:, self.config.n_cond - 1 :]  # B, t + 1, C
         if targets is None:
             return self.logits(y).float(), None  # B, t + 1, V
@@ -420,14 +420,14 @@ class GPT(nn.Module):
         return None, loss
 
     def prefill(self, cond, cond_mask, cache):
-        """Condition -> logits [B, V] of the first code, and the hidden lengths that `step` wants."""
-        prefix, hidden, _ = self.embed_condition(cond, cond_mask)
-        x = self.transform(prefix, hidden, cache)
-        return self.logits(x[:, -1]), hidden
+        """Condition -> logits [B, V] of the first code, and the padding that `step` wants."""
+        prefix, padding, _ = self.embed_condition(cond, cond_mask)
+        x = self.transform(prefix, padding, cache)
+        return self.logits(x[:, -1]), padding
 
-    def step(self, codes, position, hidden, cache):
+    def step(self, codes, position, padding, cache):
         """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
-        return self.logits(self.transform(self.embed_codes(codes), hidden, cache, position))
+        return self.logits(self.transform(self.embed_codes(codes), padding, cache, position))
 
     def flops_per_image(self):
         """What one image takes in training, 2 per multiply-add, nothing counted twice: matrix products of blocks and

@@ -11,7 +11,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -22,27 +21,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
+from codes import file_sha256
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import (
     evaluating,
     launched,
     make_folder,
     nearest,
-    pick_device,
     pick_dtype,
     read_file,
     save_grid,
     to_uint8,
     whole_characters,
 )
-from encode import file_sha256
+from distributed import barrier, processes, total
 from gpt import GPT
 from t5 import clean_caption
 from vq import VQModel
@@ -90,7 +88,7 @@ class Loop:
         c, device = model.config, model.output.weight.device
         length = c.grid[0] * c.grid[1]
         self.settings, self.cache = settings, model.new_cache(rows)
-        self.hidden = torch.zeros(rows, dtype=torch.long, device=device) if c.cond != "class" else None
+        self.padding = torch.zeros(rows, dtype=torch.long, device=device) if c.cond != "class" else None
         self.noise = torch.zeros(batch, length, device=device)
         self.codes = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.last = torch.zeros(rows, dtype=torch.long, device=device)
@@ -122,9 +120,9 @@ class Loop:
         self.clock.copy_(self.start)
         if noise is not None:
             self.noise.copy_(noise)
-        logits, hidden = model.prefill(cond, cond_mask, self.cache)
-        if self.hidden is not None:
-            self.hidden.copy_(hidden) if hidden is not None else self.hidden.zero_()
+        logits, padding = model.prefill(cond, cond_mask, self.cache)
+        if self.padding is not None:
+            self.padding.copy_(padding) if padding is not None else self.padding.zero_()
         self.draw(logits)
 
     def step(self, model, rows):
@@ -132,8 +130,8 @@ class Loop:
         if rows in self.graphs:
             return self.graphs[rows].replay()
         self.clock += 1
-        hidden = None if self.hidden is None else self.hidden[:rows]
-        self.draw(model.step(self.last[:rows], self.position, hidden, self.cache))
+        padding = None if self.padding is None else self.padding[:rows]
+        self.draw(model.step(self.last[:rows], self.position, padding, self.cache))
 
     def draw(self, logits):
         batch, rows = len(self.codes), len(logits)
@@ -436,10 +434,13 @@ def check_outputs(args, folder):
 
 
 def main():
-    args, (rank, processes) = options(), launched()
-    device = pick_device(args.device)
-    if processes > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    args = options()
+    with processes(args.device, timedelta(days=30), gradients=False) as (device, rank, world):
+        run(args, device, rank, world)
+
+
+def run(args, device, rank, world):
+    """What main() does in each of `world` processes."""
     dtype = pick_dtype(args.dtype, device)
     vq, gpt, codes = load_models(args.vq, args.gpt, args.grid and parse_grid(args.grid), device, dtype)
     kinds, names, cond = open_condition(args, gpt, codes, device)
@@ -454,22 +455,19 @@ def main():
     check_request(gpt, cond(which[:1])[0], gpt.config.grid, first_index=0, **settings)
     settings |= dict(batch_size=args.batch_size, size=args.size)
 
-    long = args.npz or args.folder or (args.out if processes > 1 else None)  # such a run can be continued
+    long = args.npz or args.folder or (args.out if world > 1 else None)  # such a run can be continued
     temporary = None if long else tempfile.TemporaryDirectory()
     parts = Parts(f"{long}.parts" if long else temporary.name)
-    if processes > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
     if rank == 0:
         check_outputs(args, parts.folder)
         files = {name: [str(path), path.stat().st_size] for name, path in (("vq", args.vq), ("gpt", args.gpt))}
         of = hashlib.sha256(json.dumps(kinds).encode()).hexdigest()  # classes or prompts, one after the other
         what = dict(n=len(which), of=of, shuffled=shuffle, grid=gpt.config.grid, dtype=dtype, t5=str(args.t5))
         parts.open(settings | files | what)
-    if processes > 1:
-        dist.barrier()
+    barrier()
 
     began, seconds = time.perf_counter(), np.zeros(2)  # for codes, for decoding
-    todo = [start for start in starts[rank::processes] if not parts.path(start).exists()]
+    todo = [start for start in starts[rank::world] if not parts.path(start).exists()]
     n = sum(min(args.batch_size, len(which) - start) for start in todo)
     batches = paint_batches(vq, gpt, lambda i: cond(which[i]), len(which), todo, progress=rank == 0, **settings)
     for start, images, _, *spent in batches:
@@ -477,11 +475,7 @@ def main():
             Image.fromarray(image).save(args.folder / f"{start + i:06}.png")
         parts.save(start, images)
         seconds += spent
-    if processes > 1:
-        total = torch.tensor(n)
-        dist.all_reduce(total)  # and the images of all are there
-        n = int(total)
-        dist.destroy_process_group()
+    n = int(total(torch.tensor(n)))  # and the images of all are there
     if rank:
         return
     rate = n / (time.perf_counter() - began)

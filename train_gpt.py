@@ -21,7 +21,7 @@ import command_line
 import common
 import distributed
 import training
-from encode import CodeFile, open_tokenizer
+from codes import CodeFile, open_tokenizer
 from gpt import GPT, PRESETS, GPTConfig
 from sample import paint, release
 

@@ -65,7 +65,8 @@ def add_training_options(parser, **defaults):
     run.add_argument("--eval-every", type=int, default=1000, help="steps between held-out losses")
     run.add_argument("--picture-every", type=int, default=1000, help="steps between pictures (0: at the end only)")
     run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (0: at the end only)")
-    run.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay (0: none does)")
+    run.add_argument("--keep-every", type=int, default=0,
+                     help="steps between checkpoints that stay, a multiple of --save-every (0: none does)")
     run.add_argument("--max-bad-steps", type=int, default=10,
                      help="the run ends after so many steps in a row without a finite gradient")
     opt = parser.add_argument_group("optimisation")
@@ -94,7 +95,9 @@ def check_training_options(args, world):
     if args.batch_size % (args.micro_batch_size * world):
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} "
                          f"times {world} processes")  # fmt: skip
-    if args.save_every and args.keep_every % args.save_every:
+    if args.keep_every and not args.save_every:
+        raise ValueError(f"--keep-every {args.keep_every} keeps what --save-every writes, and that is 0: give it, too")
+    if args.keep_every and args.keep_every % args.save_every:
         raise ValueError(f"--keep-every {args.keep_every} is no multiple of --save-every {args.save_every}")
     if not 0 <= args.ema < 1:
         raise ValueError(f"--ema {args.ema} is not in [0, 1)")

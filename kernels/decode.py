@@ -22,9 +22,9 @@ from kernels import on_device, tl, triton, use_triton
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def decode_attention_ref(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden):
+def decode_attention_ref(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, padding):
     """Few operations: on a CPU their overhead counts. There only the prefix is read; on a GPU, where the host does not
-    know the position, the whole cache, and it must hold no NaN; nor must hidden rows on a CPU."""
+    know the position, the whole cache, and it must hold no NaN; nor must padding on a CPU."""
     (B, _, S, _), D = k_cache.shape, 2 * cos.shape[1]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     x = qkv.to(wide)
@@ -48,11 +48,11 @@ def decode_attention_ref(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv
     k, v = (cache[:, :, :end, :D].flatten(0, 1).to(wide) for cache in (k_cache, v_cache))  # B G, t, D
     q = q.reshape(len(k), -1, D)  # B G, H/G, D
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=D**-0.5)
-    if hidden is not None or not on_cpu:
+    if padding is not None or not on_cpu:
         i = torch.arange(end, device=qkv.device)
         unseen = i > position
-        if hidden is not None:
-            unseen = unseen | (i < torch.minimum(hidden, position)[:, None])
+        if padding is not None:
+            unseen = unseen | (i < torch.minimum(padding, position)[:, None])
         scores.view(B, n_head, end).masked_fill_(unseen.view(-1, 1, end), float("-inf"))
     return torch.bmm(scores.softmax(-1), v).view(B, -1).to(qkv.dtype)
 
@@ -71,19 +71,19 @@ def _turn(x, cos, sin):
 
 @triton.jit
 def _decode_attention_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, position_ptr, hidden_ptr, y_ptr, part_ptr, top_ptr, total_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, y_ptr, part_ptr, top_ptr, total_ptr,
     stride_qb, S, H, GROUP, STRIDE_B: tl.constexpr, STRIDE_G: tl.constexpr, STRIDE_S: tl.constexpr, D: tl.constexpr,
     PADDED: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    PADDING: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     b, h = (row // H).to(tl.int64), row % H
     g, offs_n, offs_d = h // GROUP, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     position = tl.minimum(tl.maximum(tl.load(position_ptr).to(tl.int32), 0), S - 1)  # at worst wrong, never outside
-    first, hidden = 0, 0
-    if HIDDEN:
-        hidden = tl.maximum(tl.load(hidden_ptr + b).to(tl.int32), 0)
-        first = tl.minimum(hidden, position) // BLOCK_N * BLOCK_N
+    first, padding = 0, 0
+    if PADDING:
+        padding = tl.maximum(tl.load(padding_ptr + b).to(tl.int32), 0)
+        first = tl.minimum(padding, position) // BLOCK_N * BLOCK_N
     cos = _load_head(cos_ptr + position * (D // 2), D // 2, BLOCK_D // 2)
     sin = _load_head(sin_ptr + position * (D // 2), D // 2, BLOCK_D // 2)
     qkv_ptr += b * stride_qb
@@ -95,7 +95,7 @@ def _decode_attention_kernel(
         tl.store(k_ptr + position * STRIDE_S + offs_d, new_k, mask=offs_d < D)
         tl.store(v_ptr + position * STRIDE_S + offs_d, new_v, mask=offs_d < D)
     own = (offs_n == 0) & (split == 0)  # the token sees itself from registers, so no program waits for another's store
-    top = tl.where(own, tl.sum(q * new_k.to(tl.float32)), -1e30)  # finite: rows of hidden keys give exp2(-inf), not NaN
+    top = tl.where(own, tl.sum(q * new_k.to(tl.float32)), -1e30)  # finite: rows of padding give exp2(-inf), not NaN
     total = tl.where(own, 1.0, 0.0)
     acc = tl.where(own[:, None], new_v.to(tl.float32)[None, :], 0.0)  # BLOCK_N, BLOCK_D
     size = tl.cdiv(tl.cdiv(position - first, BLOCK_N), SPLITS) * BLOCK_N
@@ -103,8 +103,8 @@ def _decode_attention_kernel(
     last = tl.minimum(first + size, position)
     for start_n in tl.range(first, last, BLOCK_N, num_stages=3):  # copied by way of shared memory, two blocks ahead
         seen = offs_n < last - start_n
-        if HIDDEN:
-            seen &= offs_n >= hidden - start_n
+        if PADDING:
+            seen &= offs_n >= padding - start_n
         offs = start_n * STRIDE_S + (offs_n[:, None] * STRIDE_S + offs_d[None, :])
         mask = seen[:, None] & (offs_d[None, :] < PADDED) if PADDED < BLOCK_D else seen[:, None]
         k = tl.load(k_ptr + offs, mask=mask, other=0.0)
@@ -154,7 +154,7 @@ def count_splits(programs, blocks, multiprocessors):
     return 1 << (max(min(2 * multiprocessors // programs, blocks // 8), 1).bit_length() - 1)
 
 
-def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden):
+def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, padding):
     (B, _, S, padded), D = k_cache.shape, 2 * cos.shape[1]
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     config, rows = launch_config(D), B * n_head
@@ -168,8 +168,8 @@ def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, 
     with on_device(qkv):
         _decode_attention_kernel[rows * splits,](
             qkv, cos.contiguous(), sin.contiguous(), k_cache, v_cache, position,
-            position if hidden is None else hidden.contiguous(), y, part, top, total, qkv.stride(0), S, n_head,
-            n_head // n_kv_head, *k_cache.stride()[:3], PADDED=padded, SPLITS=splits, HIDDEN=hidden is not None,
+            position if padding is None else padding.contiguous(), y, part, top, total, qkv.stride(0), S, n_head,
+            n_head // n_kv_head, *k_cache.stride()[:3], PADDED=padded, SPLITS=splits, PADDING=padding is not None,
             **config,
         )  # fmt: skip
         if splits > 1:
@@ -180,26 +180,26 @@ def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, 
 @torch.library.custom_op("nanollamagen::decode_attention", mutates_args=("k_cache", "v_cache"))
 def _decode_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    position: torch.Tensor, n_head: int, n_kv_head: int, hidden: torch.Tensor | None, use_kernel: bool,
+    position: torch.Tensor, n_head: int, n_kv_head: int, padding: torch.Tensor | None, use_kernel: bool,
 ) -> torch.Tensor:  # fmt: skip
     if not len(qkv):
         return qkv.new_empty(0, 2 * cos.shape[1] * n_head)
     attend = _decode_attention_triton if use_kernel else decode_attention_ref
-    return attend(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden)
+    return attend(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, padding)
 
 
 @_decode_attention.register_fake
-def _(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden, use_kernel):
+def _(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head, padding, use_kernel):
     return qkv.new_empty(qkv.shape[0], 2 * cos.shape[1] * n_head)
 
 
-def decode_attention(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head=None, hidden=None):
+def decode_attention(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_head=None, padding=None):
     """Attention of the token at `position` over the cache up to it, into which its turned k and its v are written.
 
     qkv [B, (H + 2 G) D] = heads of q, of k, of v, float32, bfloat16 or float16; cos, sin float32 [S or more, D/2], for
     channel pairs (2i, 2i+1); k_cache, v_cache [B, G, S, D or more], any strides but the last, written in place at
     [:, :, position, :D]; position int64 [1], below S, on the same device; n_head = H; n_kv_head = G, a divisor of H
-    (None: H); hidden int32 or int64 [B] or None: the first hidden[b] keys are padding and not seen, except that a token
+    (None: H); padding int32 or int64 [B] or None: the first padding[b] keys are not seen, except that a token
     always sees itself. Scale D^-1/2. Cache rows beyond these, and columns from D on, may hold anything (on the PyTorch
     path: nothing but numbers in rows that it masks). Returns [B, H D] in qkv's dtype. No host synchronisation on a GPU.
     What a row gets does not depend on the others, on a GPU as long as `count_splits` is the same for their number.
@@ -211,15 +211,15 @@ def decode_attention(qkv, cos, sin, k_cache, v_cache, position, n_head, n_kv_hea
     fits = qkv.dim() == 2 and qkv.shape[1] == D * heads and D % 2 == 0 and n_head % n_kv_head == 0
     fits = fits and batch == [B, n_kv_head] and padded >= D and v_cache.shape == k_cache.shape
     fits = fits and cos.shape == sin.shape and cos.dim() == 2 and cos.shape[1] == D // 2 and len(cos) >= S
-    if not fits or position.shape != (1,) or (hidden is not None and hidden.shape != (B,)):
-        tensors = qkv, cos, sin, k_cache, v_cache, position, hidden
-        names = "qkv, cos, sin, k_cache, v_cache, position, hidden"
+    if not fits or position.shape != (1,) or (padding is not None and padding.shape != (B,)):
+        tensors = qkv, cos, sin, k_cache, v_cache, position, padding
+        names = "qkv, cos, sin, k_cache, v_cache, position, padding"
         shapes = [None if x is None else tuple(x.shape) for x in tensors]
         raise ValueError(f"decode_attention: {names} are {shapes} for {n_head} and {n_kv_head} heads")
     why = "" if D % 4 == 0 and 16 <= D <= 128 else f"a head of {D} channels is no multiple of 4 from 16 to 128"
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         why = why or "the caches have different strides, or rows with gaps"
-    args = qkv.detach(), cos, sin, k_cache, v_cache, position, n_head, n_kv_head, hidden
+    args = qkv.detach(), cos, sin, k_cache, v_cache, position, n_head, n_kv_head, padding
     kernel = use_triton(qkv, why)
     if not kernel and B and not torch.compiler.is_compiling():  # an operator takes 50 us on a CPU
         return decode_attention_ref(*args)

@@ -46,24 +46,24 @@ def _heads(qkv, cos, sin, n_head, n_kv_head):
     return turn(q), turn(k), v
 
 
-def _mask(T, hidden):
-    """True where query i may see key j, [B, 1, T, T]: j <= i, and j is no padding (j >= hidden[b]) or i itself."""
-    i = torch.arange(T, device=hidden.device)
-    return ((i <= i[:, None]) & (i >= hidden[:, None, None]) | (i == i[:, None]))[:, None]
+def _mask(T, padding):
+    """True where query i may see key j, [B, 1, T, T]: j <= i, and j is no padding (j >= padding[b]) or i itself."""
+    i = torch.arange(T, device=padding.device)
+    return ((i <= i[:, None]) & (i >= padding[:, None, None]) | (i == i[:, None]))[:, None]
 
 
-def rope_attention_ref(qkv, cos, sin, n_head, n_kv_head=None, hidden=None):
+def rope_attention_ref(qkv, cos, sin, n_head, n_kv_head=None, padding=None):
     q, k, v = _heads(qkv, cos, sin, n_head, n_kv_head or n_head)
     k, v = (x.repeat_interleave(n_head // x.shape[1], dim=1) for x in (k, v))
-    mask = _mask(q.shape[2], torch.zeros_like(qkv[:, 0, 0]) if hidden is None else hidden)
+    mask = _mask(q.shape[2], torch.zeros_like(qkv[:, 0, 0]) if padding is None else padding)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, hidden):
+def _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, padding):
     """Builds a mask [B, 1, T, T] of booleans where there is padding; the kernels build none."""
     q, k, v = _heads(qkv, cos, sin, n_head, n_kv_head)
-    mask, grouped = None if hidden is None else _mask(q.shape[2], hidden), n_kv_head < n_head
+    mask, grouped = None if padding is None else _mask(q.shape[2], padding), n_kv_head < n_head
     with torch.autocast(qkv.device.type, enabled=False):  # the output has the dtype of qkv
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return o.transpose(1, 2).flatten(2)
@@ -105,47 +105,47 @@ def _load_turned(
 
 
 @triton.jit
-def _seen(x, m, n, hidden, DIAGONAL: tl.constexpr, HIDDEN: tl.constexpr, other: tl.constexpr):
+def _seen(x, m, n, padding, DIAGONAL: tl.constexpr, PADDING: tl.constexpr, other: tl.constexpr):
     """x where query m sees key n; off the diagonal every key is earlier than every query."""
     if DIAGONAL:
-        x = tl.where(((n <= m) & (n >= hidden)) | (n == m) if HIDDEN else n <= m, x, other)
-    elif HIDDEN:
-        x = tl.where(n >= hidden, x, other)
+        x = tl.where(((n <= m) & (n >= padding)) | (n == m) if PADDING else n <= m, x, other)
+    elif PADDING:
+        x = tl.where(n >= padding, x, other)
     return x
 
 
 @triton.jit
-def _queries(hidden_ptr, T, H, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HIDDEN: tl.constexpr):
+def _queries(padding_ptr, T, H, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDING: tl.constexpr):
     """Sample, head, first query and first key of this program. A head's blocks run together, to share k and v in L2."""
-    blocks, first, hidden = tl.cdiv(T, BLOCK_M), 0, 0
+    blocks, first, padding = tl.cdiv(T, BLOCK_M), 0, 0
     row, start_m = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # longest first
     b, h = (row // H).to(tl.int64), row % H
-    if HIDDEN:
-        hidden = tl.maximum(tl.load(hidden_ptr + b).to(tl.int32), 0)
-        first = tl.minimum(hidden, start_m) // BLOCK_N * BLOCK_N
-    return b, h, start_m, first, hidden
+    if PADDING:
+        padding = tl.maximum(tl.load(padding_ptr + b).to(tl.int32), 0)
+        first = tl.minimum(padding, start_m) // BLOCK_N * BLOCK_N
+    return b, h, start_m, first, padding
 
 
 @triton.jit
 def _rope_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, hidden_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, padding_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, HIDDEN: tl.constexpr,
+    TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    b, h, start_m, first, hidden = _queries(hidden_ptr, T, H, BLOCK_M, BLOCK_N, HIDDEN)
+    b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_turned(q_ptr + b * stride_qb + h * D, cos_ptr, sin_ptr, start_m, stride_qt, T, True, BLOCK_M, D, BLOCK_D)
     acc, total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row of hidden keys gives exp2(-inf), not NaN
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row of padding gives exp2(-inf), not NaN
     for diagonal in tl.static_range(2):
         last = tl.minimum(start_m + BLOCK_M, T) if diagonal else start_m
         for start_n in range(start_m if diagonal else first, last, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, T, TURN, BLOCK_N, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s = _seen(s, offs_m[:, None], offs_n[None, :], hidden, diagonal, HIDDEN, float("-inf"))
+            s = _seen(s, offs_m[:, None], offs_n[None, :], padding, diagonal, PADDING, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1) * (SCALE * LOG2E))
             p = tl.exp2(s * (SCALE * LOG2E) - new_top[:, None])
             shrink = tl.exp2(top - new_top)
@@ -158,12 +158,12 @@ def _rope_attention_fwd_kernel(
 
 @triton.jit
 def _rope_attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, hidden_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, padding_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_gb, stride_gt, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, HIDDEN: tl.constexpr,
+    TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    b, h, start_m, first, hidden = _queries(hidden_ptr, T, H, BLOCK_M, BLOCK_N, HIDDEN)
+    b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_turned(q_ptr + b * stride_qb + h * D, cos_ptr, sin_ptr, start_m, stride_qt, T, TURN, BLOCK_M, D, BLOCK_D)
@@ -180,7 +180,7 @@ def _rope_attention_dq_kernel(
             k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, T, TURN, BLOCK_N, D, BLOCK_D)
             v = _load(v_ptr, start_n, stride_vt, T, BLOCK_N, D, BLOCK_D)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2E) - lse[:, None])
-            p = _seen(p, offs_m[:, None], offs_n[None, :], hidden, diagonal, HIDDEN, 0.0)
+            p = _seen(p, offs_m[:, None], offs_n[None, :], padding, diagonal, PADDING, 0.0)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = _turn(dq * SCALE, cos_ptr, sin_ptr, start_m, T, -1, D)
@@ -189,18 +189,18 @@ def _rope_attention_dq_kernel(
 
 @triton.jit
 def _rope_attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, hidden_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, padding_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_gb, stride_gt, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, HIDDEN: tl.constexpr,
+    TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     blocks, heads_kv = tl.cdiv(T, BLOCK_N), H // GROUP
     row, start_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
-    b, h_kv, hidden = (row // heads_kv).to(tl.int64), row % heads_kv, 0
+    b, h_kv, padding = (row // heads_kv).to(tl.int64), row % heads_kv, 0
     later = start_n + BLOCK_N
-    if HIDDEN:
-        hidden = tl.maximum(tl.load(hidden_ptr + b).to(tl.int32), 0)
-        later = tl.where(hidden < later, later, T)  # a block of hidden keys: nothing below the diagonal
+    if PADDING:
+        padding = tl.maximum(tl.load(padding_ptr + b).to(tl.int32), 0)
+        later = tl.where(padding < later, later, T)  # a block of padding: nothing below the diagonal
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k_ptr, v_ptr = k_ptr + b * stride_kb + h_kv * D, v_ptr + b * stride_vb + h_kv * D
     k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, T, TURN, BLOCK_N, D, BLOCK_D)
@@ -217,7 +217,7 @@ def _rope_attention_dkv_kernel(
                 lse = tl.load(lse_ptr + row_h + offs_m, mask=offs_m < T, other=0.0)
                 delta = tl.load(delta_ptr + row_h + offs_m, mask=offs_m < T, other=0.0)
                 p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2E) - lse[None, :])
-                p = _seen(p, offs_m[None, :], offs_n[:, None], hidden, diagonal, HIDDEN, 0.0)  # keys by queries
+                p = _seen(p, offs_m[None, :], offs_n[:, None], padding, diagonal, PADDING, 0.0)  # keys by queries
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -270,7 +270,7 @@ def _rotate(x, cos, sin, D):
     return y
 
 
-def _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward):
+def _plan(qkv, cos, sin, n_head, n_kv_head, padding, backward):
     """Arguments that the kernels share: tensors, numbers and flags; and constants by kernel name."""
     far = qkv.shape[1] * qkv.stride(1) >= 2**31  # offsets within a sample are int32: int64 ones spill
     qkv = qkv.contiguous() if qkv.stride(-1) != 1 or far else qkv
@@ -281,25 +281,25 @@ def _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward):
     arch = "hip" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
     widths = [n_head * D, n_kv_head * D, n_kv_head * D]
     q, k, v = qkv.split(widths, dim=-1)
-    inside = rotates_inside(T, D, group, hidden is not None, arch)
+    inside = rotates_inside(T, D, group, padding is not None, arch)
     if not inside and backward:
         q, k = _rotate(qkv[..., : W - widths[2]], cos, sin, D).split(widths[:2], dim=-1)
     elif not inside:
         k = _rotate(k, cos, sin, D)  # a query is turned once anyway
-    tensors = q, k, v, cos, sin, cos if hidden is None else hidden.contiguous()
+    tensors = q, k, v, cos, sin, cos if padding is None else padding.contiguous()
     numbers = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], T, n_head, group
     config = functools.partial(launch_config, D=D, group=group, float32=qkv.dtype == torch.float32, arch=arch)
-    return tensors, numbers, dict(TURN=inside, HIDDEN=hidden is not None), config
+    return tensors, numbers, dict(TURN=inside, PADDING=padding is not None), config
 
 
 @torch.library.custom_op("nanollamagen::rope_attention", mutates_args=())
 def _rope_attention(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_head: int, n_kv_head: int, hidden: torch.Tensor | None
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_head: int, n_kv_head: int, padding: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    o, lse = _outputs(qkv, cos, sin, n_head, n_kv_head, hidden)
+    o, lse = _outputs(qkv, cos, sin, n_head, n_kv_head, padding)
     if o.numel():
         with on_device(qkv):
-            tensors, numbers, flags, config = _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward=False)
+            tensors, numbers, flags, config = _plan(qkv, cos, sin, n_head, n_kv_head, padding, backward=False)
             constants = config("fwd")
             grid = (triton.cdiv(qkv.shape[1], constants["BLOCK_M"]) * len(qkv) * n_head,)
             _rope_attention_fwd_kernel[grid](*tensors, o, lse, *numbers, **constants, **flags)
@@ -309,7 +309,7 @@ def _rope_attention(
 @torch.library.custom_op("nanollamagen::rope_attention_backward", mutates_args=())
 def _rope_attention_backward(
     do: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    n_head: int, n_kv_head: int, hidden: torch.Tensor | None,
+    n_head: int, n_kv_head: int, padding: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     (B, T, W), dqkv = qkv.shape, torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not dqkv.numel():
@@ -318,7 +318,7 @@ def _rope_attention_backward(
     do, o, lse = do.contiguous(), o.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     with on_device(qkv):
-        tensors, numbers, flags, config = _plan(qkv, cos, sin, n_head, n_kv_head, hidden, backward=True)
+        tensors, numbers, flags, config = _plan(qkv, cos, sin, n_head, n_kv_head, padding, backward=True)
         numbers, constants = (T * W, W, *numbers), config("dq")
         grid = (triton.cdiv(T, constants["BLOCK_M"]) * B * n_head,)
         _rope_attention_dq_kernel[grid](*tensors, o, do, lse, delta, dq, *numbers, **constants, **flags)
@@ -329,49 +329,49 @@ def _rope_attention_backward(
 
 
 @_rope_attention.register_fake
-def _outputs(qkv, cos, sin, n_head, n_kv_head, hidden):
+def _outputs(qkv, cos, sin, n_head, n_kv_head, padding):
     B, T, W = qkv.shape
     o = torch.empty(B, T, W // (n_head + 2 * n_kv_head) * n_head, dtype=qkv.dtype, device=qkv.device)
     return o, torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
 
 
 @_rope_attention_backward.register_fake
-def _(do, o, lse, qkv, cos, sin, n_head, n_kv_head, hidden):
+def _(do, o, lse, qkv, cos, sin, n_head, n_kv_head, padding):
     return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
-    qkv, cos, sin, ctx.n_head, ctx.n_kv_head, hidden = inputs
-    ctx.save_for_backward(*output, qkv, cos, sin, hidden)
+    qkv, cos, sin, ctx.n_head, ctx.n_kv_head, padding = inputs
+    ctx.save_for_backward(*output, qkv, cos, sin, padding)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, do, _):
     if do is None:
         return (None,) * 6
-    *saved, hidden = ctx.saved_tensors
-    return _rope_attention_backward(do, *saved, ctx.n_head, ctx.n_kv_head, hidden), None, None, None, None, None
+    *saved, padding = ctx.saved_tensors
+    return _rope_attention_backward(do, *saved, ctx.n_head, ctx.n_kv_head, padding), None, None, None, None, None
 
 
 _rope_attention.register_autograd(_autograd, setup_context=_save)
 
 
-def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, hidden=None):
+def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, padding=None):
     """Causal attention over T tokens whose q and k are first turned by their positions.
 
     qkv [B, T, (H + 2 G) D] = heads of q, of k, of v, float32, bfloat16 or float16; cos, sin float32 [T, D/2], for
-    channel pairs (2i, 2i+1); n_head = H; n_kv_head = G, a divisor of H (None: H); hidden int32 or int64 [B] or None:
-    the first hidden[b] tokens are padding that no other token sees and that see themselves only. Scale D^-1/2.
+    channel pairs (2i, 2i+1); n_head = H; n_kv_head = G, a divisor of H (None: H); padding int32 or int64 [B] or None:
+    the first padding[b] tokens are padding that no other token sees and that see themselves only. Scale D^-1/2.
     Returns [B, T, H D] in qkv's dtype. Differentiable once, in qkv. Raises ValueError where the shapes disagree.
     """
     n_kv_head = n_kv_head or n_head
     heads = n_head + 2 * n_kv_head
     D, rest = qkv.shape[-1] // heads, qkv.shape[-1] % heads  # torch.compile knows no divmod of a symbolic width
-    shapes = [None if x is None else tuple(x.shape) for x in (qkv, cos, sin, hidden)]
-    fits = qkv.dim() == 3 and shapes[1:] == [(qkv.shape[1], D // 2)] * 2 + [hidden if hidden is None else (len(qkv),)]
+    shapes = [None if x is None else tuple(x.shape) for x in (qkv, cos, sin, padding)]
+    fits = qkv.dim() == 3 and shapes[1:] == [(qkv.shape[1], D // 2)] * 2 + [padding if padding is None else (len(qkv),)]
     if not fits or rest or D % 2 or n_head % n_kv_head:
-        raise ValueError(f"rope_attention: qkv, cos, sin, hidden are {shapes} for {n_head} and {n_kv_head} heads")
+        raise ValueError(f"rope_attention: qkv, cos, sin, padding are {shapes} for {n_head} and {n_kv_head} heads")
     why = "" if D % 4 == 0 and 16 <= D <= 128 else f"a head of {D} channels is no multiple of 4 from 16 to 128"
     if not use_triton(qkv, why):
-        return _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, hidden)
-    return _rope_attention(qkv, cos, sin, n_head, n_kv_head, hidden)[0]
+        return _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, padding)
+    return _rope_attention(qkv, cos, sin, n_head, n_kv_head, padding)[0]

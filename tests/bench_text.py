@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import command_line  # noqa: E402 - needs the path above
 import common  # noqa: E402
 import training  # noqa: E402
-from encode import CodeFile  # noqa: E402
+from codes import CodeFile  # noqa: E402
 from gpt import GPT, PAD, PRESETS, GPTConfig  # noqa: E402
 from t5 import FIXED, T5Config, T5Encoder  # noqa: E402
 from vq import VQModel  # noqa: E402

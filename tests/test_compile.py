@@ -121,17 +121,17 @@ def attention_cases(target):
     """As `cases`: with turned keys, padded or not, or turning them inside; grouped; in float32."""
     file, arch = importlib.import_module("kernels.rope_attention"), "hip" if target == "gfx942" else target
     inside = [(64, 16, 1, "bfloat16", True, False)] if file.rotates_inside(256, 64, 1, False, arch) else []
-    usual = [(D, H, 1, "bfloat16", False, hidden) for D, H in HEADS for hidden in (True, False)]
+    usual = [(D, H, 1, "bfloat16", False, padding) for D, H in HEADS for padding in (True, False)]
     grouped = [(D, 16, 4, "bfloat16", False, D == 128) for D in (64, 128)]
-    for D, H, group, dtype, turn, hidden in [*usual, *inside, *grouped, (128, 16, 1, "float32", False, True)]:
-        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "int64" if hidden else "float32"
-        kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else "padded" if hidden else ""
+    for D, H, group, dtype, turn, padding in [*usual, *inside, *grouped, (128, 16, 1, "float32", False, True)]:
+        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "int64" if padding else "float32"
+        kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else "padded" if padding else ""
         six, numbers = (dtype,) * 3 + (f32, f32, mark), (T * W, W) * 3 + (T, H, group)
         for kernel, args in {
             "fwd": (*six, dtype, f32, *numbers), "dq": (*six, dtype, dtype, f32, f32, dtype, T * W, W, *numbers),
             "dkv": (*six, dtype, f32, f32, dtype, dtype, T * W, W, *numbers),
         }.items():  # fmt: skip
-            config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, HIDDEN=hidden)
+            config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, PADDING=padding)
             per = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * TARGETS[target][2])
             name = f"attention {kernel} D={D} {kind}".strip()
             yield name, getattr(file, f"_rope_attention_{kernel}_kernel"), args, config, per, 1
@@ -149,12 +149,12 @@ def decode_cases(target):
         runs += [(64, 16, 4, bf16, 4, False), (128, 32, 4, bf16, 1, False)]
         runs += [(D, 16, 1, f32, 1, True) for D in (64, 100, 128)] + [(D, 4, 1, bf16, 2, True) for D in (16, 32, 20)]
     S = 375  # an odd length, as of captions and 256 codes: strides are multiples of 8, not of 16
-    for D, H, group, x, splits, hidden in runs:
+    for D, H, group, x, splits, padding in runs:
         padded, config = -(-D // 8) * 8, file.launch_config(D)
         part, strides = (f32 if splits > 1 else x,) * 3, [H // group * S * padded, S * padded, padded]
         args = (x, f32, f32, x, x, "int64", "int64", x, *part, (H + 2 * H // group) * D, S, H, group, *strides)
-        config.update(PADDED=padded, SPLITS=splits, HIDDEN=hidden)
-        kind = f"D={D} {x}" + f" in {splits}" * (splits > 1) + " grouped" * (group > 1) + " padded" * hidden
+        config.update(PADDED=padded, SPLITS=splits, PADDING=padding)
+        kind = f"D={D} {x}" + f" in {splits}" * (splits > 1) + " grouped" * (group > 1) + " padded" * padding
         per = config["BLOCK_N"] * config["BLOCK_D"] / threads(config, target)
         yield f"decode {kind}", file._decode_attention_kernel, args, config, per, 1
     for D in (64, 100):

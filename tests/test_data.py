@@ -364,7 +364,8 @@ def test_pictures_of_every_kind(tmp_path, caplog, workers):
     image_set.bad_share = (len(bad) - 0.5) / n
     for batches in (image_batches(image_set, 8, n, seed=0, workers=workers),
                     eval_batches(image_set, 8, 4, workers=workers)):
-        with pytest.raises(ValueError, match=rf"^{len(bad)} of {n} images \(.*%\) cannot be read, the first is .*g \("):
+        says = rf", train: {len(bad)} of {n} \(.*%\) have no usable caption or image, the first is .*g \("
+        with pytest.raises(ValueError, match=says):
             take(batches, 9)
 
 
@@ -381,8 +382,29 @@ def test_large_pictures_are_read_up_to_twice_pillows_limit(tmp_path, monkeypatch
 def test_nothing_readable(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("not a picture")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="1 of 3 .* have no usable"):
         next(image_batches(data._scan(tmp_path), 8, 2, seed=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_ends_the_run_also_where_all_may_be_bad(tmp_path, workers):
+    """Within seconds: endless batches looked for a picture for ever."""
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            (tmp_path / folder / f"{i}.png").write_text("not a picture")
+    image_set = load_images(tmp_path, "train", 8, bad_share=1)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it goes on for ever"))
+    signal.alarm(20)
+    try:
+        for batches in (image_batches(image_set, 8, 2, seed=0, workers=workers), eval_batches(image_set, 8, 2)):
+            with pytest.raises(ValueError, match=r"train: everything is unusable \(3 of 3\), the first is .*png \("):
+                take(batches, 2)
+        GREY.save(tmp_path / "train" / "1.png")  # one is enough
+        assert len(next(image_batches(image_set, 8, 2, seed=0, workers=workers))[0]) == 2
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,20 +18,20 @@ if DEVICE == "cuda":
     SHAPES += [(16, 256, 16, 16, 64, None), (2, 695, 32, 32, 100, (0, 119)), (3, 4096, 8, 2, 128, (0, 0, 4000))]
 
 
-def make(B, S, H, G, D, hidden, dtype, cache_dtype=None):
+def make(B, S, H, G, D, padding, dtype, cache_dtype=None):
     """A projection, tables longer than the cache, a cache of more samples and layers, and padding."""
     qkv = torch.randn(B, (H + 2 * G) * D, device=DEVICE).to(dtype)
     angles = 7 * torch.randn(S + 3, D // 2, device=DEVICE)
     caches = torch.randn(2, 2, B + 2, G, S, -(-D // 8) * 8, device=DEVICE).to(cache_dtype or dtype)
-    hidden = None if hidden is None else torch.tensor(hidden, device=DEVICE)
-    return qkv, angles.cos(), angles.sin(), *caches, hidden
+    padding = None if padding is None else torch.tensor(padding, device=DEVICE)
+    return qkv, angles.cos(), angles.sin(), *caches, padding
 
 
 def at(position):
     return torch.tensor([position], device=DEVICE)
 
 
-def exact(qkv, cos, sin, k_cache, v_cache, position, H, G, hidden):
+def exact(qkv, cos, sin, k_cache, v_cache, position, H, G, padding):
     """In float64, sample by sample and head by head: y, and the new rows of k and v in float32."""
     B, D = len(qkv), 2 * cos.shape[1]
     x = qkv.float().view(B, H + 2 * G, D)
@@ -40,7 +40,7 @@ def exact(qkv, cos, sin, k_cache, v_cache, position, H, G, hidden):
     k_new, v_new = turned[:, H : H + G], x[:, H + G :]
     y = torch.empty(B, H, D, dtype=torch.float64, device=DEVICE)
     for i in range(B):
-        first = 0 if hidden is None else min(int(hidden[i]), position)
+        first = 0 if padding is None else min(int(padding[i]), position)
         for h in range(H):
             g = h // (H // G)
             k = torch.cat([k_cache[i, g, first:position, :D], k_new[i, g, None].to(k_cache.dtype)]).double()
@@ -49,22 +49,22 @@ def exact(qkv, cos, sin, k_cache, v_cache, position, H, G, hidden):
     return y.flatten(1), k_new.to(k_cache.dtype), v_new.to(v_cache.dtype)
 
 
-def poison(caches, B, D, position, hidden, padding):
-    """NaN wherever nothing is to be read: other samples, later rows, the pad of rows, and (padding) hidden rows."""
+def poison(caches, B, D, position, padding, skipped):
+    """NaN wherever nothing is to be read: other samples, later rows, the pad of rows, and padding that is skipped."""
     for cache in caches:
         cache[:, B:], cache[:, :B, :, position:], cache[..., D:] = float("nan"), float("nan"), float("nan")
-        for i in range(B if padding and hidden is not None else 0):
-            cache[1, i, :, : min(int(hidden[i]), position)] = float("nan")
+        for i in range(B if skipped and padding is not None else 0):
+            cache[1, i, :, : min(int(padding[i]), position)] = float("nan")
 
 
 def check(shape, dtype, position, cache_dtype=None):
     """One call over the first samples of a bigger cache, of which layer 1 is used, and what it leaves there."""
     B, _, H, G, D, _ = shape
-    qkv, cos, sin, *caches, hidden = make(*shape, dtype, cache_dtype)
-    poison(caches, B, D, position, hidden, padding=kernels.mode() == "triton")
+    qkv, cos, sin, *caches, padding = make(*shape, dtype, cache_dtype)
+    poison(caches, B, D, position, padding, skipped=kernels.mode() == "triton")
     before, layer = [x.clone() for x in caches], [x[1, :B] for x in caches]
-    y, *new = exact(qkv, cos, sin, *layer, position, H, G, hidden)
-    got = kernels.decode_attention(qkv, cos, sin, *layer, at(position), H, G, hidden)
+    y, *new = exact(qkv, cos, sin, *layer, position, H, G, padding)
+    got = kernels.decode_attention(qkv, cos, sin, *layer, at(position), H, G, padding)
     assert got.dtype == dtype and got.shape == y.shape
     error, eps = (got - y).abs().max(), torch.finfo(dtype).eps
     assert error <= eps * y.abs().max() + 1e-5, f"{error} at {position}"  # rounding of y, and of float32 sums
@@ -104,23 +104,23 @@ def test_torch_path(shape, dtype):
             check(shape, dtype, position, torch.float32)
         return
     B, S, H, G, _, _ = shape
-    qkv, cos, sin, *caches, hidden = make(*shape, dtype)
+    qkv, cos, sin, *caches, padding = make(*shape, dtype)
     layer = [x[1, :B] for x in caches]
-    y, *_ = exact(qkv, cos, sin, *layer, S // 2, H, G, hidden)
-    got = kernels.decode_attention(qkv, cos, sin, *layer, at(S // 2), H, G, hidden)
+    y, *_ = exact(qkv, cos, sin, *layer, S // 2, H, G, padding)
+    got = kernels.decode_attention(qkv, cos, sin, *layer, at(S // 2), H, G, padding)
     torch.testing.assert_close(got.double(), y, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
-@pytest.mark.parametrize("hidden", [None, (0, 3)], ids=name)
-def test_steps_equal_the_whole_sequence(hidden, mode):
+@pytest.mark.parametrize("padding", [None, (0, 3)], ids=name)
+def test_steps_equal_the_whole_sequence(padding, mode):
     kernels.use(mode)
     B, T, H, G, D = 2, 9, 4, 2, 16
     qkv, table, caches = torch.randn(B, T, (H + 2 * G) * D), torch.randn(2, T, D // 2), torch.zeros(2, B, G, T, D)
     qkv, cos, sin, k, v = (x.to(DEVICE) for x in (qkv, *table, *caches))
-    hidden = None if hidden is None else torch.tensor(hidden, dtype=torch.int32, device=DEVICE)
-    whole = kernels.rope_attention(qkv, cos, sin, H, G, hidden)
-    steps = [kernels.decode_attention(qkv[:, t], cos, sin, k, v, at(t), H, G, hidden) for t in range(T)]
+    padding = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=DEVICE)
+    whole = kernels.rope_attention(qkv, cos, sin, H, G, padding)
+    steps = [kernels.decode_attention(qkv[:, t], cos, sin, k, v, at(t), H, G, padding) for t in range(T)]
     torch.testing.assert_close(torch.stack(steps, 1), whole)
 
 
@@ -132,16 +132,16 @@ def check_same(a, b, mode):
 
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
-@pytest.mark.parametrize("G, hidden", [(4, None), (2, (5, 0, 9, 0, 2, 0, 0, 1))], ids=["plain", "grouped, padded"])
-def test_rows_do_not_depend_on_the_batch(G, hidden, mode, monkeypatch):
+@pytest.mark.parametrize("G, padding", [(4, None), (2, (5, 0, 9, 0, 2, 0, 0, 1))], ids=["plain", "grouped, padded"])
+def test_rows_do_not_depend_on_the_batch(G, padding, mode, monkeypatch):
     kernels.use(mode)
     monkeypatch.setattr(decode_file, "count_splits", lambda *_: 1)
-    qkv, cos, sin, *caches, hidden = make(8, 40, 4, G, 64, hidden, torch.float32)
+    qkv, cos, sin, *caches, padding = make(8, 40, 4, G, 64, padding, torch.float32)
     for position in (12, 37) if mode == "torch" else (37,):
         results = []
         for B in (1, 3, 8):
-            layer, padding = [x[0, :B] for x in caches], None if hidden is None else hidden[:B]
-            results.append(kernels.decode_attention(qkv[:B], cos, sin, *layer, at(position), 4, G, padding))
+            layer, part = [x[0, :B] for x in caches], None if padding is None else padding[:B]
+            results.append(kernels.decode_attention(qkv[:B], cos, sin, *layer, at(position), 4, G, part))
         for y in results:
             check_same(y, results[-1][: len(y)], mode)
 
@@ -149,7 +149,7 @@ def test_rows_do_not_depend_on_the_batch(G, hidden, mode, monkeypatch):
 def test_layouts():
     """Columns of wider rows, an odd offset in memory, rows of the cache apart, int32 padding below 0."""
     qkv, cos, sin, k, v, _ = make(3, 11, 2, 1, 16, None, torch.float32)
-    hidden = torch.tensor([-3, 4, 0], dtype=torch.int32, device=DEVICE)
+    padding = torch.tensor([-3, 4, 0], dtype=torch.int32, device=DEVICE)
     for mode in ("triton", "torch"):
         kernels.use(mode)
         results = []
@@ -158,7 +158,7 @@ def test_layouts():
             apart = [x[0, :3].repeat(1, 1, 2, 1)[:, :, :11] for x in (k, v)]
             turned = [x[0, :3].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
             for caches in ([k[0, :3], v[0, :3]], apart, turned):
-                y = kernels.decode_attention(x, cos, sin, *caches, at(7), 2, 1, hidden)
+                y = kernels.decode_attention(x, cos, sin, *caches, at(7), 2, 1, padding)
                 assert caches[0][:, :, 7].eq(k[0, :3, :, 7]).all()
                 results.append(y)
         for y in results:
@@ -190,8 +190,8 @@ def test_count_splits():
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
 def test_opcheck(mode):
-    qkv, cos, sin, k, v, hidden = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
-    args = qkv, cos, sin, k[0, :2].clone(), v[0, :2].clone(), at(3), 2, 1, hidden, mode == "triton"
+    qkv, cos, sin, k, v, padding = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
+    args = qkv, cos, sin, k[0, :2].clone(), v[0, :2].clone(), at(3), 2, 1, padding, mode == "triton"
     torch.library.opcheck(torch.ops.nanollamagen.decode_attention.default, args)
 
 
@@ -235,14 +235,14 @@ def test_cuda_graph(S):
 
 
 def test_what_it_refuses():
-    qkv, cos, sin, k, v, hidden = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
+    qkv, cos, sin, k, v, padding = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
     k, v, here = k[0, :2], v[0, :2], at(2)
     for wrong in (
-        (qkv[:, 1:], cos, sin, k, v, here, 2, 1, hidden), (qkv, cos[4:], sin[4:], k, v, here, 2, 1, hidden),
-        (qkv, cos, sin[:, 1:], k, v, here, 2, 1, hidden), (qkv, cos, sin, k[:1], v[:1], here, 2, 1, hidden),
-        (qkv, cos, sin, k[..., :8], v[..., :8], here, 2, 1, hidden), (qkv, cos, sin, k, v[:1], here, 2, 1, hidden),
-        (qkv, cos, sin, k, v, here[0], 2, 1, hidden), (qkv, cos, sin, k, v, here, 2, 1, hidden[:1]),
-        (qkv, cos, sin, k, v, here, 3, 2, hidden), (qkv[0], cos, sin, k, v, here, 2, 1, None),
+        (qkv[:, 1:], cos, sin, k, v, here, 2, 1, padding), (qkv, cos[4:], sin[4:], k, v, here, 2, 1, padding),
+        (qkv, cos, sin[:, 1:], k, v, here, 2, 1, padding), (qkv, cos, sin, k[:1], v[:1], here, 2, 1, padding),
+        (qkv, cos, sin, k[..., :8], v[..., :8], here, 2, 1, padding), (qkv, cos, sin, k, v[:1], here, 2, 1, padding),
+        (qkv, cos, sin, k, v, here[0], 2, 1, padding), (qkv, cos, sin, k, v, here, 2, 1, padding[:1]),
+        (qkv, cos, sin, k, v, here, 3, 2, padding), (qkv[0], cos, sin, k, v, here, 2, 1, None),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="decode_attention"):
             kernels.decode_attention(*wrong)

@@ -1,12 +1,14 @@
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,116 +16,9 @@ from test_train import VQ
 
 import encode
 from captions import CaptionWriter
+from codes import CodeFile
 from common import save_file
-from encode import CodeFile, CodeWriter, file_sha256
 from vq import VQConfig, VQModel
-
-META = dict(tokenizer="vq.pt", tokenizer_sha256="ab" * 32, image_size=[32, 64], augmentations=["centre", "mirrored"],
-            class_names=["a", "b", "c"], data="folder", split="train", notice="")
-
-
-def write_codes(folder, n=9, announced=None, codebook_size=256, meta=META):
-    codes = torch.randint(codebook_size, (n, 2, 8), generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(n) % 3
-    with CodeWriter(folder, announced or n, 2, (2, 4), codebook_size, meta) as writer:
-        for first in range(0, n, 4):
-            writer.write(codes[first:first + 4], labels[first:first + 4])
-    return codes, labels
-
-
-@pytest.mark.parametrize("n, announced, codebook_size, dtype", [
-    (9, 9, 256, "uint16"), (9, 12, 65536, "uint16"), (9, 9, 65537, "int32")], ids=str)
-def test_codes_round_trip(tmp_path, n, announced, codebook_size, dtype):
-    codes, labels = write_codes(tmp_path / "codes", n, announced, codebook_size)
-    file = CodeFile(tmp_path / "codes")
-    assert isinstance(file.codes, np.memmap) and file.codes.dtype == dtype
-    np.testing.assert_array_equal(file.codes, codes.numpy())
-    np.testing.assert_array_equal(file.labels, labels.numpy())
-    assert len(file) == file.meta["images"] == n and file.grid == (2, 4) and file.codebook_size == codebook_size
-    assert file.class_names == ["a", "b", "c"] and file.meta["tokenizer"] == "vq.pt"
-    assert sorted(p.name for p in (tmp_path / "codes").iterdir()) == ["codes.npy", "labels.npy", "meta.json"]
-
-
-def test_code_batches_are_endless_resumable_and_shared_out(tmp_path):
-    codes, labels = write_codes(tmp_path)
-    file = CodeFile(tmp_path)
-    index = {tuple(row.tolist()): (i, a) for i, views in enumerate(codes) for a, row in enumerate(views)}
-    steps = [file.code_batch(step, 6, seed=5) for step in range(30)]
-    drawn = [index[tuple(row.tolist())] for x, _ in steps for row in x]
-    assert [labels[i] for i, _ in drawn] == torch.cat([y for _, y in steps]).tolist()
-    for first in range(0, 180, 9):  # each epoch holds each picture once
-        assert sorted(i for i, _ in drawn[first:first + 9]) == list(range(9))
-    assert 60 < sum(a for _, a in drawn) < 120  # both augmentations
-    assert steps[0][0].dtype == steps[0][1].dtype == torch.int64
-    again = [file.code_batch(7, 6, seed=5, rank=r, world=2)[0] for r in range(2)]
-    assert torch.equal(torch.cat(again), steps[7][0])
-    assert not torch.equal(file.code_batch(0, 6, seed=6)[0], steps[0][0])
-    with pytest.raises(ValueError, match="cannot be shared"):
-        file.code_batch(0, 6, seed=0, world=4)
-
-
-def edit_meta(folder, **changes):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({k: v for k, v in (meta | changes).items() if v != "gone"}))
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "codes.npy").unlink(), "codes.npy is not there"),
-    (lambda f: (f / "meta.json").unlink(), "meta.json is not there"),
-    (lambda f: (f / "codes.npy").write_bytes((f / "codes.npy").read_bytes()[:-5]), "codes.npy is truncated"),
-    (lambda f: (f / "labels.npy").write_bytes((f / "labels.npy").read_bytes()[:-5]), "labels.npy is truncated"),
-    (lambda f: (f / "meta.json").write_text('{"version"'), "meta.json is truncated"),
-    (lambda f: np.save(f / "labels.npy", np.full(9, 3)), r"labels in .*labels.npy .* outside 0..2"),
-    (lambda f: np.save(f / "labels.npy", np.zeros(8, np.int64)), r"labels.npy is int64 \(8,\)"),
-    (lambda f: np.save(f / "codes.npy", np.full((9, 2, 8), 256, np.uint16)), r"codes in .*codes.npy .* outside 0..255"),
-    (lambda f: np.save(f / "codes.npy", np.zeros((9, 2, 8), np.int64)), "codes.npy is int64"),
-    (lambda f: edit_meta(f, grid=[4, 4]), "4 x 4 codes"),
-    (lambda f: edit_meta(f, version=1), "version 1"),
-    (lambda f: edit_meta(f, tokenizer_sha256="gone"), "lacks tokenizer_sha256"),
-    (lambda f: CodeFile(f).check(tokenizer_sha256="cd" * 32), "tokenizer vq.pt. has the tokenizer_sha256"),
-], ids=lambda x: x if isinstance(x, str) else "")
-def test_code_files_refuse_what_does_not_match(tmp_path, damage, message):
-    write_codes(tmp_path)
-    CodeFile(tmp_path).check(tokenizer_sha256="ab" * 32)
-    with pytest.raises(ValueError, match=message):
-        damage(tmp_path)
-        CodeFile(tmp_path)
-
-
-def test_code_writer_leaves_nothing_half_done(tmp_path):
-    codes, labels = write_codes(tmp_path / "kept")
-    with pytest.raises(KeyError), CodeWriter(tmp_path / "kept", 4, 2, (2, 4), 256, META) as writer:
-        writer.write(codes[:2], labels[:2])
-        raise KeyError("killed")
-    np.testing.assert_array_equal(CodeFile(tmp_path / "kept").codes, codes.numpy())  # the old files
-    assert len(list((tmp_path / "kept").iterdir())) == 3
-    for bad, message in [((codes[:5], labels[:5]), "do not fit"), ((codes[:2, :1], labels[:2]), "do not fit"),
-                         ((codes[:2] + 256, labels[:2]), "codes reach"), ((codes[:2], labels[:2] - 3), "labels reach")]:
-        with pytest.raises(ValueError, match=message), CodeWriter(tmp_path / "x", 4, 2, (2, 4), 256, META) as writer:
-            writer.write(*bad)
-    with pytest.raises(ValueError, match="lacks tokenizer"):
-        CodeWriter(tmp_path / "x", 4, 2, (2, 4), 256, {})
-    assert not list((tmp_path / "x").iterdir())
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="only Linux and BSD reserve space")
-def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
-    """And not a signal: SIGBUS is what writing to a memory map ends in."""
-    def full(file, start, length):
-        raise OSError(errno.ENOSPC if length > 9 * 2 * 8 * 2 else errno.EINVAL, "no")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="no space for 2.88e-07 GB of codes.*codes.partial"):
-        write_codes(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_file_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
-
-
-# The command
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +157,7 @@ def test_other_settings_are_refused(pictures, tmp_path, monkeypatch):
 
 def test_the_share_of_unreadable_images_is_that_of_all_parts(pictures, whole, tmp_path, monkeypatch):
     """Three of train's 30: two in one part, another in a later one."""
-    message = r"3 of 30 images \(10.0%\) cannot be read: --check-data names them"
+    message = r"train.jsonl, train: 3 of 30 \(10.0%\) have no usable caption or image, --check-data names them"
     seen = watched(monkeypatch)
     for n in (11, 13):  # again, those that lack some are read again
         with pytest.raises(ValueError, match=message):
@@ -278,7 +173,7 @@ def test_mended_images_are_read_again(pictures, whole, tmp_path):
     folder, out = tmp_path / "mended", tmp_path / "codes"
     shutil.copytree(pictures, folder)
     for _ in range(2):
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="3 of 30 .* have no usable"):
             run(folder, out, "--bad-share", 0.08)
     for i in (4, 5, 20):
         shutil.copy(folder / "06.png", folder / f"{i:02}.png")
@@ -300,6 +195,97 @@ def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
         run(pictures, out)
     run(pictures, out)
     assert files(out) == whole
+
+
+def held(pictures, out):
+    """A run into `out` in another process, which stops before its third part; and what lets it go on."""
+    fork = multiprocessing.get_context("fork")
+    there, go = fork.Event(), fork.Event()
+
+    def wait():
+        seen, real = [], encode.encode_images
+
+        def encode_images(*args):
+            seen.append(0)
+            if len(seen) == 3:
+                there.set()
+                assert go.wait(60)
+            return real(*args)
+
+        encode.encode_images = encode_images
+        run(pictures, out)
+
+    first = fork.Process(target=wait, daemon=True)
+    first.start()
+    assert there.wait(60)
+    return first, go
+
+
+def test_two_runs_into_one_folder(pictures, whole, tmp_path):
+    """The second is refused, be it one process or two, and what the first writes stays whole."""
+    out = tmp_path / "codes"
+    first, go = held(pictures, out)
+    try:
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="another run is writing to .*codes: wait until it ends, or give another"):
+            run(pictures, out)
+        assert two(pictures, out, part=2) == [1, 1]
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    finally:
+        go.set()
+        first.join(60)
+    assert first.exitcode == 0 and files(out) == whole
+
+
+def test_a_killed_run_leaves_no_lock(pictures, whole, tmp_path):
+    """Though its file is there, and a process that it forked, as those that read images, lives on."""
+    out, fork = tmp_path / "codes", multiprocessing.get_context("fork")
+
+    def start(pipe):
+        with encode.alone(out, 0):
+            child = fork.Process(target=time.sleep, args=(60,))
+            child.start()
+            pipe.send(child.pid)
+            time.sleep(60)
+
+    out.mkdir()
+    here, pipe = fork.Pipe()
+    killed = fork.Process(target=start, args=(pipe,))
+    killed.start()
+    child = here.recv()
+    killed.kill()
+    killed.join()
+    try:
+        assert (out / ".lock").exists()
+        run(pictures, out)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert files(out) == whole
+
+
+def test_a_lock_is_not_taken_on_a_file_that_is_gone(tmp_path, monkeypatch):
+    """That of a run which ends between the opening and the locking."""
+    path, real = tmp_path / ".lock", fcntl.flock
+
+    def flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        path.unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with encode.alone(tmp_path, 0):
+        assert path.exists() and encode.lock(path) is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("how", ["system", "folder"])
+def test_where_there_are_no_locks(pictures, whole, tmp_path, monkeypatch, how):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(encode, "fcntl", None) if how == "system" else monkeypatch.setattr(fcntl, "flock", flock)
+    run(pictures, tmp_path / "codes", part=100)
+    assert files(tmp_path / "codes") == whole
 
 
 def test_what_is_refused_changes_nothing(pictures, tmp_path):

@@ -16,10 +16,11 @@ from test_sample import files, small_gpt, small_vq  # noqa: F401 - a fixture
 
 import evaluate
 import losses
+from codes import CodeWriter, file_sha256
 from command_line import cli
 from common import save_file
 from data import load_images
-from encode import CodeWriter, file_sha256
+from distributed import processes
 from evaluate import Images, features, frechet_distance, inception_score, precision_recall, psnr, ssim, statistics
 from inception import BLOCKS, FILES, Inception, resize
 
@@ -286,8 +287,8 @@ def test_self_check(monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "s.json").read_text())["recall is 0.671"] == "FAIL (within 0.005)"
 
 
-def as_processes(count, target):
-    """target() in `count` processes, as torchrun starts them."""
+def as_processes(count, target, codes=0):
+    """target() in `count` processes, as torchrun starts them; all end with this exit code."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -297,21 +298,23 @@ def as_processes(count, target):
                           MASTER_PORT=port)  # fmt: skip
         target()
 
-    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
-    for p in processes:
+    started = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
+    for p in started:
         p.start()
-    for p in processes:
+    for p in started:
         p.join(120)
-    assert [p.exitcode for p in processes] == [0] * count
+    found = [p.exitcode for p in started]
+    for p in started:
+        p.kill()
+    assert found == [codes] * count
 
 
 @pytest.mark.parametrize("kind", ["a.npz", "a"])
 def test_two_processes_fill_one_table(network, pictures, rows, tmp_path, kind):
     """12 images in batches of 5: one process has two of the batches, the other one."""
     def process():
-        torch.distributed.init_process_group("gloo")
-        features(Images(pictures / kind), evaluate.load_inception(network, CPU), CPU, tmp_path, 5)
-        torch.distributed.destroy_process_group()
+        with processes("cpu", gradients=False) as (device, *_):
+            features(Images(pictures / kind), evaluate.load_inception(network, CPU), device, tmp_path, 5)
 
     as_processes(2, process)
     (path,) = tmp_path.iterdir()
@@ -403,6 +406,20 @@ def test_recon(monkeypatch, run_dir, network):
     assert result["rfid"] > 0 and result["lpips"] > 0 and "sha256" in result["network"]
     with Image.open(run_dir / "all" / "recon.png") as sheet:
         assert sheet.size == (6 * 100 + 4, 6 * 116 + 4)
+
+
+@pytest.mark.parametrize("broken", "01")
+def test_an_error_in_one_process_ends_the_other(monkeypatch, run_dir, broken):
+    """Which would wait for it for a day."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(run_dir))  # no network's weights
+
+    def process():
+        if os.environ["RANK"] == broken:
+            monkeypatch.setattr(evaluate, "psnr", lambda *_: 1 / 0)
+        call(monkeypatch, "recon", "--vq", run_dir / "vq.pt", "--data", "digits", "--size", 8, "--out", run_dir / "out")
+
+    as_processes(2, process, codes=1)
+    assert not list((run_dir / "out").iterdir())
 
 
 # Bad input

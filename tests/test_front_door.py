@@ -24,8 +24,8 @@ import sample
 import train_gpt
 import train_vq
 import training
+from codes import CodeWriter, file_sha256
 from common import save_file
-from encode import CodeWriter, file_sha256
 from gpt import GPT, GPTConfig
 from vq import VQConfig, VQModel
 
@@ -91,7 +91,7 @@ MORE = {
     "train_vq.py --bat 3 --data digits": "no option --bat",
     "train_vq.py --data empty --perceptual-weight 0 --out out": "empty holds no images",
     "train_vq.py --data notes.txt --perceptual-weight 0 --out out": "notes.txt is not a folder: data is",
-    "train_vq.py --data a.jsonl --perceptual-weight 0 --out out": "a.jsonl: 1 of 1",
+    "train_vq.py --data a.jsonl --perceptual-weight 0 --out out": "a.jsonl: everything is unusable .1 of 1.",
     "train_vq.py --data digits --perceptual-weight 0 --init cut.pt --out out": "cut.pt: not a readable .* .cut short.",
     "train_vq.py --data digits --perceptual-weight 0 --usage-window 0 --out out": "--usage-window has to be above 0",
     "train_gpt.py --codes codes --preset tiny --vq gpt.pt --out out": "gpt.pt: not an image tokenizer but a GPT",
@@ -104,7 +104,7 @@ MORE = {
     "encode.py --vq list.json --data digits --out out": "list.json: not a readable checkpoint",
     "encode.py --vq empty --data digits --out out": "empty is a folder, not a checkpoint",
     "encode.py --vq vq.pt --data digits --size 32 --out notes.txt": "notes.txt cannot be a folder",
-    "encode.py --vq vq.pt --data broken --size 32 --out broken": "1 of 3 images .* cannot be read, the first is",
+    "encode.py --vq vq.pt --data broken --size 32 --out broken": "broken, train: 1 of 3 .33.3%. have no usable",
     f"sample.py {MODELS} --n 1.5": "--n: invalid int value: '1.5'",
     f"sample.py {MODELS} --n 100000000000000000": "out of memory: Unable to allocate",
     f"sample.py {MODELS} --seed 1e9": "--seed: invalid int value",

@@ -18,8 +18,8 @@ CASES = {
     "one kv head": dict(n_kv_head=1), "column": dict(grid=(5, 1)),
     "head dim 100": dict(n_head=2, dim=200, n_layer=1, grid=(2, 3)),
     "text": TEXT, "text zero": dict(TEXT, cond_rope="zero", n_kv_head=2),
-    "hidden padding": dict(TEXT, padding=(0, 2, 5), n_kv_head=2),
-    "hidden padding zero": dict(TEXT, padding=(1, 4, 3), cond_rope="zero"),
+    "padding": dict(TEXT, padding=(0, 2, 5), n_kv_head=2),
+    "padding zero": dict(TEXT, padding=(1, 4, 3), cond_rope="zero"),
 }  # fmt: skip
 
 
@@ -92,12 +92,12 @@ def direct_logits(model, tokens, cond, mask):
     def turn(x, position):
         return direct_rope(x, position - c.n_cond, c)
 
-    def attention(name, x, hidden):
+    def attention(name, x, padding):
         heads = (x @ w[name + "wqkv.weight"].T).unflatten(-1, (-1, c.head_dim))  # T, H + 2G, D
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         out = torch.zeros_like(q)
         for i in range(len(x)):
-            keys = [j for j in range(i + 1) if j >= hidden or j == i]
+            keys = [j for j in range(i + 1) if j >= padding or j == i]
             for h in range(c.n_head):
                 g = h * c.n_kv_head // c.n_head
                 scores = torch.stack([turn(q[i, h], i) @ turn(k[j, g], j) for j in keys]) / c.head_dim**0.5
@@ -113,10 +113,10 @@ def direct_logits(model, tokens, cond, mask):
             u = 0.5 * u * (1 + torch.tanh((2 / math.pi) ** 0.5 * (u + 0.044715 * u**3)))
             prefix = u @ w["cls_embedding.cap_proj.fc2.weight"].T
         x = torch.cat([prefix, w["tok_embeddings.weight"][tokens[b]]])
-        hidden = 0 if mask is None else int((~mask[b]).sum())
+        padding = 0 if mask is None else int((~mask[b]).sum())
         for layer in range(c.n_layer):
             name = f"layers.{layer}."
-            x = x + attention(name + "attention.", rms(name + "attention_norm.weight", x), hidden)
+            x = x + attention(name + "attention.", rms(name + "attention_norm.weight", x), padding)
             y, ffn = rms(name + "ffn_norm.weight", x), name + "feed_forward."
             gate = silu(y @ w[ffn + "w1.weight"].T) * (y @ w[ffn + "w3.weight"].T)
             x = x + gate @ w[ffn + "w2.weight"].T
@@ -170,9 +170,9 @@ def test_cache_equals_the_full_forward(name):
     cache = model.new_cache(3)
     for part in (cache.k, cache.v):
         part.fill_(torch.nan)  # what was not written is not read
-    logits, hidden = model.prefill(cond, mask, cache)
+    logits, padding = model.prefill(cond, mask, cache)
     positions = (torch.arange(tokens.shape[1] - 1) + model.config.n_cond).split(1)
-    steps = [logits] + [model.step(tokens[:, i], at, hidden, cache) for i, at in enumerate(positions)]
+    steps = [logits] + [model.step(tokens[:, i], at, padding, cache) for i, at in enumerate(positions)]
     torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
     d = model.config.head_dim
     assert cache.k.shape[2] == model.config.n_kv_head and cache.k.shape[4] == -(-d // 8) * 8
@@ -180,7 +180,7 @@ def test_cache_equals_the_full_forward(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["class", "hidden padding"])
+@pytest.mark.parametrize("name", ["class", "padding"])
 def test_logits_depend_on_the_past_only_and_not_on_the_mode(name):
     model, tokens, cond, mask = case(name)
     full = model(tokens[:, :-1], cond, mask)[0]
@@ -210,7 +210,7 @@ def test_another_grid_is_another_table():
     assert (model(tokens, cond)[0] - wide).abs().max() > 0.01
 
 
-# Hidden padding
+# Padding
 
 @torch.no_grad()
 @pytest.mark.parametrize("cond_rope", ["identity", "zero"])
@@ -233,7 +233,7 @@ def test_logits_do_not_depend_on_padding(cond_rope):
 
 
 def test_conditions_that_do_not_fit_are_refused():
-    model, tokens, cond, mask = case("hidden padding")
+    model, tokens, cond, mask = case("padding")
     with pytest.raises(RuntimeError, match="padding has to stand left"):
         model(tokens[:, :-1], cond, mask.flip(1))
     with pytest.raises(ValueError, match=r"text features have to be \[B, 5, 12\]"):
@@ -293,7 +293,7 @@ def test_first_loss_is_the_log_of_the_vocabulary():
     assert all(abs(w.std() - 0.02) < 0.003 for w in weights if w is not model.output.weight)
 
 
-@pytest.mark.parametrize("name", ["class", "hidden padding"])
+@pytest.mark.parametrize("name", ["class", "padding"])
 def test_one_batch_overfits(name):
     settings = dict(CASES[name])
     settings.pop("padding", None)
@@ -409,7 +409,7 @@ def test_rotation_stays_float32_in_bfloat16_models():
 
 @torch.no_grad()
 def test_a_published_text_model_paints_what_float64_says(tmp_path):
-    """A t2i file written from the published names alone; guided greedy codes under hidden left padding."""
+    """A t2i file written from the published names alone; guided greedy codes under left padding."""
     generator = torch.Generator().manual_seed(0)
     block = {"attention.wqkv": (2304, 768), "attention.wo": (768, 768), "feed_forward.w1": (64, 768),
              "feed_forward.w2": (768, 64), "feed_forward.w3": (64, 768), "attention_norm": (768,), "ffn_norm": (768,)}

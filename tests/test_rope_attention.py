@@ -12,7 +12,7 @@ import kernels
 rope_file = importlib.import_module("kernels.rope_attention")
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
 
-# B, T, H, Hkv, D, and padding: every row of queries has one that sees a single key, where T is 1 or hidden is T - 1
+# B, T, H, Hkv, D, and padding: every row of queries has one that sees a single key, where T is 1 or padding is T - 1
 SHAPES = [(2, 17, 4, 4, 16, None), (2, 1, 1, 1, 100, (0, 0)), (2, 67, 2, 1, 20, (0, 66)), (1, 257, 1, 1, 64, (140,)),
           (1, 131, 2, 1, 100, (5,)), (1, 256, 1, 1, 128, None), (3, 67, 4, 1, 64, (0, 66, 67)),
           (2, 21, 8, 2, 16, (3, 40))]  # fmt: skip
@@ -21,14 +21,14 @@ if DEVICE == "cuda":
                (2, 1021, 16, 1, 128, None), (1, 4096, 2, 2, 64, (77,)), (3, 375, 20, 20, 64, (0, 119, 60))]  # fmt: skip
 
 
-def make(B, T, H, Hkv, D, hidden, dtype, zeros=3):
+def make(B, T, H, Hkv, D, padding, dtype, zeros=3):
     """A projection, tables whose first rows turn everything to zero, padding, and an upstream gradient."""
     qkv = torch.randn(B, T, (H + 2 * Hkv) * D, device=DEVICE).to(dtype)
     angles = 7 * torch.randn(T, D // 2, device=DEVICE)
     cos, sin = angles.cos(), angles.sin()
     cos[:zeros], sin[:zeros] = 0, 0
-    hidden = None if hidden is None else torch.tensor(hidden, dtype=torch.int32, device=DEVICE)
-    return qkv, cos, sin, hidden, torch.randn(B, T, H * D, device=DEVICE).to(dtype)
+    padding = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=DEVICE)
+    return qkv, cos, sin, padding, torch.randn(B, T, H * D, device=DEVICE).to(dtype)
 
 
 def grad(fn, qkv, upstream):
@@ -41,8 +41,8 @@ def grad(fn, qkv, upstream):
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_rope_attention(shape, dtype, inside, monkeypatch):
     monkeypatch.setattr(rope_file, "rotates_inside", lambda *_: inside)
-    (*_, H, Hkv, _, _), (qkv, cos, sin, hidden, upstream) = shape, make(*shape, dtype)
-    where = cos, sin, H, Hkv, hidden
+    (*_, H, Hkv, _, _), (qkv, cos, sin, padding, upstream) = shape, make(*shape, dtype)
+    where = cos, sin, H, Hkv, padding
 
     def ours(x):
         return kernels.rope_attention(x, *where)
@@ -53,13 +53,13 @@ def test_rope_attention(shape, dtype, inside, monkeypatch):
         assert torch.equal(ours(qkv), o) and torch.equal(grad(ours, qkv, upstream), dqkv)
 
 
-@pytest.mark.parametrize("hidden", [None, (0, 9)], ids=name)
+@pytest.mark.parametrize("padding", [None, (0, 9)], ids=name)
 @pytest.mark.parametrize("Hkv", [4, 2, 1])
-def test_torch_path(Hkv, hidden):
+def test_torch_path(Hkv, padding):
     kernels.use("torch")
     for dtype in (torch.float32, torch.bfloat16):
-        qkv, cos, sin, hidden_, upstream = make(2, 33, 4, Hkv, 20, hidden, dtype)
-        where = cos, sin, 4, Hkv, hidden_
+        qkv, cos, sin, padding_, upstream = make(2, 33, 4, Hkv, 20, padding, dtype)
+        where = cos, sin, 4, Hkv, padding_
         check(
             lambda x, where=where: kernels.rope_attention(x, *where),
             lambda x, where=where: rope_file.rope_attention_ref(x, *where), [qkv], [upstream],
@@ -70,30 +70,30 @@ def test_padding_is_not_seen():
     """Other values in the padding change nothing behind it, and nothing flows back into it from there."""
     for mode in ("triton", "torch"):
         kernels.use(mode)
-        qkv, cos, sin, hidden, upstream = make(2, 40, 2, 2, 16, (7, 0), torch.float32, zeros=0)
+        qkv, cos, sin, padding, upstream = make(2, 40, 2, 2, 16, (7, 0), torch.float32, zeros=0)
         other = qkv.clone()
         other[0, :7] = torch.randn_like(other[0, :7])
-        a, b = (kernels.rope_attention(x, cos, sin, 2, hidden=hidden) for x in (qkv, other))
+        a, b = (kernels.rope_attention(x, cos, sin, 2, padding=padding) for x in (qkv, other))
         assert torch.equal(a[0, 7:], b[0, 7:]) and torch.equal(a[1], b[1])
         torch.testing.assert_close(a[0, :7], qkv[0, :7, -32:])  # each padded token gets its own v
         upstream[0, :7] = 0
-        where = cos, sin, 2, None, hidden
+        where = cos, sin, 2, None, padding
         dqkv = grad(lambda x, where=where: kernels.rope_attention(x, *where), qkv, upstream)
         assert dqkv[0, :7].eq(0).all()
 
 
 def test_layouts_of_tables_and_padding():
     """int64 padding, negative (none) or past the end; tables and padding with strides."""
-    qkv, cos, sin, hidden, upstream = make(4, 19, 2, 1, 16, (0, 4, 19, 0), torch.float32)
+    qkv, cos, sin, padding, upstream = make(4, 19, 2, 1, 16, (0, 4, 19, 0), torch.float32)
     odd = torch.tensor([[-70, 4, 99, 0]] * 2, device=DEVICE).t()[:, 0]
     cos2, sin2 = (torch.stack([x, x], -1)[..., 0] for x in (cos, sin))
-    a = kernels.rope_attention(qkv, cos, sin, 2, 1, hidden)
+    a = kernels.rope_attention(qkv, cos, sin, 2, 1, padding)
     b = kernels.rope_attention(qkv, cos2, sin2, 2, 1, odd)
     assert a.isfinite().all() and torch.equal(a, b)
-    o, lse = torch.ops.nanollamagen.rope_attention(qkv, cos, sin, 2, 1, hidden)
+    o, lse = torch.ops.nanollamagen.rope_attention(qkv, cos, sin, 2, 1, padding)
     strided = torch.stack([o, o], -1)[..., 0]
     backward = torch.ops.nanollamagen.rope_attention_backward
-    grads = [backward(upstream, x, lse, qkv, cos, sin, 2, 1, hidden) for x in (o, strided)]
+    grads = [backward(upstream, x, lse, qkv, cos, sin, 2, 1, padding) for x in (o, strided)]
     assert torch.equal(*grads)
 
 
@@ -115,8 +115,8 @@ def test_tiles_divide_each_other():
 
 @pytest.mark.parametrize("kind", ["columns", "sliced batch", "expanded gradient"])
 def test_strides(kind):
-    qkv, cos, sin, hidden, upstream = make(3, 19, 2, 1, 16, (0, 4, 9), torch.float32)
-    fn = lambda x: kernels.rope_attention(x, cos, sin, 2, 1, hidden)  # noqa: E731
+    qkv, cos, sin, padding, upstream = make(3, 19, 2, 1, 16, (0, 4, 9), torch.float32)
+    fn = lambda x: kernels.rope_attention(x, cos, sin, 2, 1, padding)  # noqa: E731
     x, g = qkv, upstream
     if kind == "columns":
         x = torch.cat([qkv, qkv], -1)[..., : qkv.shape[-1]]
@@ -132,23 +132,23 @@ def test_no_samples():
     assert grad(lambda x: kernels.rope_attention(x, cos, sin, 2), qkv, upstream).shape == qkv.shape
 
 
-@pytest.mark.parametrize("hidden", [None, (0, 4)], ids=name)
-def test_opcheck(hidden):
-    qkv, cos, sin, hidden, upstream = make(2, 9, 2, 1, 16, hidden, torch.float32)
+@pytest.mark.parametrize("padding", [None, (0, 4)], ids=name)
+def test_opcheck(padding):
+    qkv, cos, sin, padding, upstream = make(2, 9, 2, 1, 16, padding, torch.float32)
     ops = torch.ops.nanollamagen
-    torch.library.opcheck(ops.rope_attention.default, (qkv.clone().requires_grad_(), cos, sin, 2, 1, hidden))
-    o, lse = ops.rope_attention(qkv, cos, sin, 2, 1, hidden)
-    torch.library.opcheck(ops.rope_attention_backward.default, (upstream, o, lse, qkv, cos, sin, 2, 1, hidden))
+    torch.library.opcheck(ops.rope_attention.default, (qkv.clone().requires_grad_(), cos, sin, 2, 1, padding))
+    o, lse = ops.rope_attention(qkv, cos, sin, 2, 1, padding)
+    torch.library.opcheck(ops.rope_attention_backward.default, (upstream, o, lse, qkv, cos, sin, 2, 1, padding))
 
 
 @pytest.mark.parametrize("backend", ["inductor"] if DEVICE == "cuda" else ["aot_eager"])
 def test_compile_autocast_checkpoint(backend):
     """The operation between two projections, compiled, under autocast and recomputed, equals the plain call."""
-    qkv, cos, sin, hidden, _ = make(2, 12, 2, 2, 16, (0, 3), torch.float32)
+    qkv, cos, sin, padding, _ = make(2, 12, 2, 2, 16, (0, 3), torch.float32)
     x, w = qkv[..., :32].clone().requires_grad_(), torch.randn(96, 32, device=DEVICE, requires_grad=True)
 
     def block(x, w):
-        return kernels.rope_attention(x @ w.t(), cos, sin, 2, hidden=hidden)
+        return kernels.rope_attention(x @ w.t(), cos, sin, 2, padding=padding)
 
     def step(fn):
         y = fn(x, w)
@@ -169,16 +169,17 @@ def test_compile_autocast_checkpoint(backend):
 
 def test_gradcheck_of_the_torch_path():
     kernels.use("torch")
-    qkv, cos, sin, hidden, _ = make(2, 5, 2, 1, 4, (0, 2), torch.float64)
-    fn = lambda x: kernels.rope_attention(x, cos, sin, 2, 1, hidden)  # noqa: E731
+    qkv, cos, sin, padding, _ = make(2, 5, 2, 1, 4, (0, 2), torch.float64)
+    fn = lambda x: kernels.rope_attention(x, cos, sin, 2, 1, padding)  # noqa: E731
     assert torch.autograd.gradcheck(fn, (qkv.requires_grad_(),))
 
 
 def test_what_it_refuses():
-    qkv, cos, sin, hidden, _ = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
+    qkv, cos, sin, padding, _ = make(2, 5, 2, 1, 16, (0, 2), torch.float32)
     for wrong in (
-        (qkv[..., 1:], cos, sin, 2, 1, hidden), (qkv, cos[1:], sin, 2, 1, hidden), (qkv, cos, sin[:, 1:], 2, 1, hidden),
-        (qkv, cos, sin, 3, 2, hidden), (qkv, cos, sin, 2, 1, hidden[:1]), (qkv[0], cos, sin, 2, 1, None),
+        (qkv[..., 1:], cos, sin, 2, 1, padding), (qkv, cos[1:], sin, 2, 1, padding),
+        (qkv, cos, sin[:, 1:], 2, 1, padding), (qkv, cos, sin, 3, 2, padding), (qkv, cos, sin, 2, 1, padding[:1]),
+        (qkv[0], cos, sin, 2, 1, None),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="rope_attention"):
             kernels.rope_attention(*wrong)

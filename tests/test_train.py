@@ -25,8 +25,8 @@ import train_gpt
 import train_vq
 import training
 import vq
+from codes import CodeFile, CodeWriter, file_sha256
 from common import save_file
-from encode import CodeWriter, file_sha256
 from gpt import GPT
 from training import learning_rate
 from vq import VQConfig, VQModel
@@ -142,7 +142,7 @@ def test_run_folder_of_the_gpt(codes, tmp_path, monkeypatch):
     model = GPT.from_pretrained(tmp_path / "gpt.pt")
     config = model.config
     assert (config.grid, config.num_classes, config.vocab_size, config.n_kv_head) == ((2, 3), 3, 32, 1)
-    tokens = encode.CodeFile(codes / "val")
+    tokens = CodeFile(codes / "val")
     first = torch.from_numpy(tokens.codes[:, 0].astype(np.int64))
     loss = model(first[:, :-1], torch.from_numpy(tokens.labels), targets=first)[1]
     assert loss.item() == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
@@ -443,7 +443,7 @@ def test_encode_leaves_unreadable_pictures_out_of_everything(bad_pictures, codes
              "tokens", "--text-pieces", "word", "--device", "cpu", "--out", tmp_path / "codes")  # fmt: skip
     assert run_command(encode, monkeypatch, *words, "--bad-share", 0.4) == 0
     assert sum("unreadable image left out: " in message for message in caplog.messages) == 12
-    file, tokenizer = encode.CodeFile(tmp_path / "codes" / "train"), VQModel.from_pretrained(codes.parent / "vq.pt")
+    file, tokenizer = CodeFile(tmp_path / "codes" / "train"), VQModel.from_pretrained(codes.parent / "vq.pt")
     pictures = train_vq.load_images(bad_pictures, "train", 8, text=True, bad_share=0.4)
     kept = [i for i, path in enumerate(pictures.images) if path.read_bytes() != b"damaged"]
     assert len(file) == len(file.labels) == len(kept) == 24
@@ -459,7 +459,7 @@ def test_check_data_of_codes(codes, tmp_path, monkeypatch, capsys):
     shutil.copytree(codes, folder)
     words = ("--codes", folder, "--check-data", "--out", tmp_path / "out")
     assert run_command(train_gpt, monkeypatch, *words) == 0
-    counts = encode.CodeFile(folder / "train").counts()
+    counts = CodeFile(folder / "train").counts()
     assert counts.tolist() == np.bincount(np.load(folder / "train" / "codes.npy").ravel(), minlength=32).tolist()
     train, val = capsys.readouterr().out.splitlines()
     usage, perplexity = vq.usage_and_perplexity(counts)
@@ -488,7 +488,7 @@ def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
         "encode.py", "--vq", str(tmp_path / "vq" / "vq.pt"), "--data", str(pictures), "--size", "16", "24", flag,
         "--out", str(tmp_path / "codes"), "--crop-scales", "1.1"])  # fmt: skip
     encode.main()
-    file = encode.CodeFile(tmp_path / "codes" / "train")
+    file = CodeFile(tmp_path / "codes" / "train")
     assert file.codes.shape == (38, 10 if mirrored else 5, 24) and file.grid == (4, 6)
     assert any("mirrored" in name for name in file.meta["augmentations"]) == mirrored
 
@@ -616,7 +616,7 @@ def test_weights_that_are_not_finite_are_not_saved(codes, tmp_path, monkeypatch)
 
 
 def test_a_process_without_held_out_images_adds_nothing(codes, monkeypatch):
-    args, file = SimpleNamespace(eval_images=4, micro_batch_size=2), encode.CodeFile(codes / "val")
+    args, file = SimpleNamespace(eval_images=4, micro_batch_size=2), CodeFile(codes / "val")
     device = torch.device("cpu"), "float32"
     model = GPT(train_gpt.GPTConfig(**LLAMA, vocab_size=32, num_classes=3, grid=(2, 3)))
     alone = train_gpt.evaluate(model, file, args, *device)

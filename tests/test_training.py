@@ -475,9 +475,28 @@ def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt", "c.pt"]
 
 
+def test_what_a_process_takes_of_the_machine(monkeypatch):
+    """Its own GPU under torchrun; and NCCL where gradients are exchanged, only."""
+    backends = []
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(name.replace("auto", "cuda")))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, timeout: backends.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with distributed.processes("auto") as found:
+        assert found == (torch.device("cuda"), 0, 1) and not backends
+    for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
+        monkeypatch.setenv(name, value)
+    for name, gradients, device, backend in (
+        ("auto", True, "cuda:1", "cpu:gloo,cuda:nccl"), ("auto", False, "cuda:1", "gloo"), ("cpu", True, "cpu", "gloo"),
+    ):  # fmt: skip
+        with distributed.processes(name, gradients=gradients) as found:
+            assert found == (torch.device(device), 3, 4) and backends.pop() == backend
+
+
 def test_impossible_options_are_refused(monkeypatch):
     for world, options, message in (
         (1, ("--save-every", 4, "--keep-every", 6), "--keep-every 6 is no multiple of --save-every 4"),
+        (1, ("--save-every", 0, "--keep-every", 5), "--keep-every 5 keeps what --save-every writes, and that is 0"),
         (1, ("--keep-every", -1), "--keep-every cannot be below 0"),
         (1, ("--max-bad-steps", 0), "--max-bad-steps has to be above 0"),
         (3, (), "--batch-size 8 is no multiple of --micro-batch-size 3 times 3 processes"),
