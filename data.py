@@ -68,7 +68,8 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     if str(data) not in BUILT_IN:
         read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
         pictures = _split(Path(data), split, val_data, lambda path: read(path, text, bad_share))
-        pictures = replace(pictures, bad_share=bad_share, source=f"{data}, {split}")
+        source = str(val_data) if val_data and split == "val" else f"{data}, {split}"
+        pictures = replace(pictures, bad_share=bad_share, source=source)
         if text:  # after the split, which is the same with captions and without
             pictures = pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
         return pictures

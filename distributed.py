@@ -19,14 +19,18 @@ from common import launched, pick_device
 
 
 def by_torchrun():
-    """Did torchrun start this process, be it the only one?"""
-    return "RANK" in os.environ or launched()[1] > 1
+    """Did torchrun start this process, be it the only one? (RANK alone is what some clusters set.)"""
+    return launched()[1] > 1 or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def own_device(name):
-    """As pick_device; of GPUs each of torchrun's processes has its own."""
-    device = pick_device(name)
-    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" and by_torchrun() else device
+    """As pick_device; of GPUs each of several processes has its own. ValueError for one that all would share."""
+    (rank, world), device = launched(), pick_device(name)
+    if world == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(f"--device {name} is one GPU, and there are {world} processes: give --device cuda")
+    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK') or rank % torch.cuda.device_count()}")
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 eps) * weight.
 
 Passes over memory: forward 2 (x, y), with a residual 4 (x, residual, s, y); backward 3 (dy, s, dx), with a residual 4
-(dy, ds, s, and one gradient for x and residual), with dropout 5 (they differ). Which elements dropout keeps follows
-from a seed, in the backward once more: no bytes.
+(dy, ds, s, and one gradient for x and residual), with dropout 5 (they differ). No mask is in memory: which elements
+dropout keeps follows from a seed, in the backward once more.
 FLOPs: about 4 forward and 10 backward per element, and some 20 instructions for dropout: bound by memory.
 Statistics are float32 and the cast to the input dtype comes before the weight, as the published weights expect.
 All have one dtype, and the statistics are those of the rounded sum, which the backward reads again.
@@ -209,7 +209,7 @@ def rms_norm(x, weight, eps, residual=None, dropout=0.0):
     if not 0 <= dropout <= 1 or dropout and residual is None:
         raise ValueError(f"rms_norm: dropout is a share of what is added to a residual, not {dropout}")
     why = "" if x.shape[-1] <= MAX_WIDTH else f"rows of {x.shape[-1]} are wider than {MAX_WIDTH}"
-    if not use_triton(x, why) or (residual is not None and not use_triton(residual)):
+    if not use_triton(x, why):
         return rms_norm_ref(x, weight, eps, residual, dropout)
     if residual is None:
         return _rms_norm(x, weight, eps)

@@ -288,7 +288,8 @@ def test_compile(capsys):
     with capsys.disabled():
         print("\n" + show(rows))
     # Tiles were chosen with 3.7; 3.6 spills one register in the attention of sm_90, up to five in that of sm_100
-    most = 16 if triton.__version__ < "3.7" else 0  # bytes
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    most = 16 if version < (3, 7) else 0  # bytes of stack, and instructions that reach them
     bad = [row for row in rows if row["stack"] > most or row["local"] > most]
     assert not bad, f"spills:\n{show(bad)}"
     bad = [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]]
@@ -302,7 +303,7 @@ def test_compile(capsys):
     cached = [row for row in rows if row["kernel"].startswith("decode")]
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
     assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
-    if triton.__version__.startswith("3.7"):
+    if version == (3, 7):
         check_figures({row["kernel"]: row for row in rows if row["target"] == "sm_90"})
 
 

@@ -402,6 +402,8 @@ def test_nothing_readable_ends_the_run_also_where_all_may_be_bad(tmp_path, worke
                 take(batches, 2)
         GREY.save(tmp_path / "train" / "1.png")  # one is enough
         assert len(next(image_batches(image_set, 8, 2, seed=0, workers=workers))[0]) == 2
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'val'}: 1 of 3"):  # the folder that they lie in
+            take(eval_batches(load_images(tmp_path / "train", "val", 8, val_data=tmp_path / "val"), 8, 2), 1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
