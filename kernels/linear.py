@@ -4,7 +4,7 @@ In PyTorch's own layout each product costs up to three times as much: GPT-B's ma
 float32 and 17 in bfloat16, packed 14 and 8 (2 cores of an AMD EPYC, 27 GB/s). A CPU that has no bfloat16 products
 emulates them, at twice to four times the time of float32: its copies of bfloat16 weights are float32.
 The copy takes as much memory as the weight (or twice that), and a pass over it. Rows do not influence each other: a row
-gives the same bits in any batch; for that, one row is multiplied as two.
+gives the same bits in any batch, but for torch 2.11 on CPUs without AVX-512; for that, one row is multiplied as two.
 The two operators are those that Inductor emits for frozen CPU weights; GPUs have cuBLAS.
 """
 

@@ -129,6 +129,10 @@ def test_images_do_not_depend_on_their_neighbours(scale):
     assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.13" and not torch.cpu._is_avx512_supported(), strict=False,
+    reason="oneDNN of torch 2.11 rounds by the number of rows on CPUs without AVX-512",
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batches_of_1_3_and_8_at_the_width_of_a_real_model(dtype):
     """Matrix libraries choose their kernel by the size of the batch: rows must not notice."""
