@@ -385,8 +385,6 @@ class GPT(nn.Module):
     def transform(self, x, padding=None, cache=None, position=None):
         """The blocks over x [B, T, C] from the first position on, or over the token x [B, C] at `position`."""
         cos, sin = (self.cos, self.sin) if x.dim() == 2 else (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, as its branches and as in sampling
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -62,7 +62,7 @@ def floor_ms(model, side, top):
 def predicted_ms(model, side, top):
     """One after the other: products, the kernels' bytes, attention, passes over logits, casts and AdamW.
 
-    Bytes per token and layer: two residual adds with dropout and norm 36 C, SwiGLU 16 F. Per parameter and
+    Bytes per token and layer: two residual adds with dropout and norm 56 C, SwiGLU 16 F. Per parameter and
     micro-batch 12 (cast to bfloat16, its gradient to float32), per step 40 (norm and clip 12, AdamW 28).
     """
     c, micro = model.config, MICRO[side]
@@ -71,7 +71,7 @@ def predicted_ms(model, side, top):
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     logits = tokens * c.vocab_size
     products = 6 * (tokens * matrices + logits * c.dim) / (top.matmul * EFFICIENCY)
-    moved = tokens * c.n_layer * (36 * c.dim + 16 * c.ffn_dim) / bench_kernels.SHARE_BWD
+    moved = tokens * c.n_layer * (56 * c.dim + 16 * c.ffn_dim) / bench_kernels.SHARE_BWD
     attention = next(case for case in bench_kernels.attention_case(micro, side * side, c.n_head, c.head_dim)
                      if case.direction == "fwd+bwd").predicted_ms(top)  # fmt: skip
     one = products + (moved + bench_kernels.loss_bytes(tokens, c.dim, c.vocab_size) + 12 * size) / top.copy

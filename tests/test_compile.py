@@ -85,24 +85,27 @@ def search_cases(target):
 
 
 def rms_norm_cases(target):
-    """The norm alone, after a residual add, and after dropout and that; on sm_90 also in float32, and odd widths."""
+    """bfloat16 alone, and with the float32 stream of autocast; on sm_90 also the other pairs that models make."""
     file, f32, bf16 = importlib.import_module("kernels.rms_norm"), "float32", "bfloat16"
-    runs = [(W, bf16, add, add, drop) for W in WIDTHS for add, drop in ((False, False), (True, False), (True, True))]
-    if target == "sm_90":  # the sum of the last block has no gradient of its own
-        runs += [(W, bf16, True, False, drop) for W in WIDTHS[:-1] for drop in (False, True)]
-        runs += [(W, f32, add, add, add) for W in WIDTHS[:-1] for add in (False, True)]
-        runs += [(W, bf16, True, True, True) for W in ODD_WIDTHS]
-    for W, x, add, ds, drop in runs:
-        size = (TOKENS, W, 1e-5, round(0.1 * 2**32))
-        name = f"W={W} {x}" + " + residual" * add + " + dropout" * drop
+    # x, residual, whether the sum has a gradient of its own, dropout
+    usual = ((bf16, None, False, False), (bf16, f32, True, False), (bf16, f32, True, True))
+    more = ((f32, None, False, False), (f32, f32, True, False), (f32, f32, True, True), (bf16, bf16, True, False),
+            (bf16, bf16, True, True), (bf16, f32, False, False), (bf16, f32, False, True))  # fmt: skip
+    runs = [(W, *run) for W in WIDTHS for run in usual]
+    if target == "sm_90":
+        runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True, True) for W in ODD_WIDTHS]
+    for W, x, residual, ds, drop in runs:
+        s, size = residual or x, (TOKENS, W, 1e-5, round(0.1 * 2**32))
+        name = f"W={W} {x}" + f" + {residual}" * bool(residual) + ", dropout" * drop
         config = dict(file.launch_config(W, backward=False), DROP=drop)
-        if ds or not add:
-            args, per = (x, x, f32, "int64", x, x, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
-            yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=add), per, 1
-        config = dict(file.launch_config(W, True, drop), DROP=drop)
-        args, per = (x, x, x, f32, "int64", x, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
-        name += ", last" * (add and not ds)
-        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds), per, 1
+        if ds or not residual:
+            args, per = (x, s, f32, "int64", x, s, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+            yield f"rms_norm fwd {name}", file._rms_norm_fwd_kernel, args, dict(config, ADD=bool(residual)), per, 1
+        config = dict(file.launch_config(W, backward=True), DROP=drop)
+        args, per = (x, s, s, f32, "int64", s, x, f32, W, W, W, *size), config["BLOCK_M"] * W / threads(config, target)
+        name += ", last" * (bool(residual) and not ds)
+        both = s != x or drop
+        yield f"rms_norm bwd {name}", file._rms_norm_bwd_kernel, args, dict(config, ADD=ds, BOTH=both), per, 1
 
 
 def swiglu_cases(target):

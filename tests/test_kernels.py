@@ -79,14 +79,18 @@ PAIRS = [((3, 5, 2 * 2816), "plain"), ((4, 2 * 1031), "columns"), ((6, 2 * 96), 
          ((37, 2 * 3), "plain"), ((5, 2), "plain"), ((0, 64), "plain"), ((2, 0, 64), "plain")]  # fmt: skip
 
 
-@pytest.mark.parametrize("add", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("residual", [None, "same", torch.float32, torch.float16], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape, kind", ROWS, ids=name)
-def test_rms_norm(shape, kind, dtype, add):
-    inputs = [layout(torch.randn(shape, device=DEVICE).to(dtype), kind), torch.rand(shape[-1], device=DEVICE) + 0.5]
-    if add:
-        inputs.append(layout(3 * torch.randn(shape, device=DEVICE).to(dtype), kind))
-    upstream = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(1 + add)]
+def test_rms_norm(shape, kind, dtype, residual):
+    stream = dtype if residual == "same" else residual
+    if residual == dtype:
+        pytest.skip("the same as 'same'")
+    x = layout(torch.randn(shape, device=DEVICE).to(dtype), kind)
+    inputs = [x, torch.rand(shape[-1], device=DEVICE) + 0.5]
+    if residual is not None:
+        inputs.append(layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind))
+    upstream = [torch.randn(shape, device=DEVICE).to(t) for t in (dtype, stream)[: len(inputs) - 1]]
 
     def call(function):
         return lambda x, weight, *rest: function(x, weight, 1e-5, *rest)
@@ -100,12 +104,14 @@ def dropped(x, weight, residual, share=0.3):
     return kernels.rms_norm(x, weight, 1e-5, residual, share)
 
 
+@pytest.mark.parametrize("residual", ["same", torch.float32], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape, kind", ROWS, ids=name)
-def test_rms_norm_dropout(shape, kind, dtype):
+def test_rms_norm_dropout(shape, kind, dtype, residual):
+    stream, ones = dtype if residual == "same" else residual, torch.ones(shape, device=DEVICE)
     inputs = [layout(torch.randn(shape, device=DEVICE).to(dtype), kind), torch.rand(shape[-1], device=DEVICE) + 0.5,
-              layout(3 * torch.randn(shape, device=DEVICE).to(dtype), kind)]  # fmt: skip
-    upstream, ones = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)], torch.ones(shape, device=DEVICE)
+              layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind)]  # fmt: skip
+    upstream = [torch.randn(shape, device=DEVICE).to(t) for t in (dtype, stream)]
     factor = dropped(ones, ones.new_ones(shape[-1]), torch.zeros_like(ones))[1]
     torch.testing.assert_close(factor.unique(), factor.unique().where(factor.unique() == 0, 1 / 0.7))
 
@@ -130,6 +136,18 @@ def test_dropped_elements_are_random(share):
     assert (lost.float().mean(0) - share).abs().max() < 5 * (share * (1 - share) / len(lost)) ** 0.5  # every column
     for share, s in ((0.0, x), (1.0, 0 * x)):
         assert torch.equal(kernels.rms_norm(x, weight, 1e-5, torch.zeros_like(x), share)[1], s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name)
+def test_rms_norm_backward_stores_both_dtypes(dtype):
+    """Branch in half precision, stream in float32: one pass, without a cast after it."""
+    dy, s, ds = (torch.randn(5, 40, device=DEVICE) for _ in range(3))
+    weight, backward = torch.rand(40, device=DEVICE), rms_norm_file._rms_norm_backward
+    for add in (None, ds):
+        dx, dbranch, dweight = backward(dy.to(dtype), add, s, weight, 1e-5, dtype, 0.0, None)
+        assert dx.dtype == s.dtype and dbranch.dtype == dtype and torch.equal(dbranch, dx.to(dtype))
+    dx, dbranch, dweight = backward(dy, ds, s, weight, 1e-5, s.dtype, 0.0, None)
+    assert dx.shape == s.shape and dbranch.shape == (0,) and dweight.shape == weight.shape
 
 
 def test_rms_norm_one_output_used():
@@ -317,8 +335,9 @@ def test_opcheck():
     for op, args in (
         (ops.rms_norm, (x, w, 1e-5)), (ops.swiglu, (x,)),
         (ops.add_rms_norm, (x, w, 1e-5, r, 0.0, None)), (ops.add_rms_norm, (x, w, 1e-5, r, 0.5, seed)),
-        (ops.rms_norm_backward, (x.detach(), None, r.detach(), w.detach(), 1e-5, 0.0, None)),
-        (ops.rms_norm_backward, (x.detach(), r.detach(), r.detach(), w.detach(), 1e-5, 0.5, seed)),
+        (ops.rms_norm_backward, (x.detach(), None, r.detach(), w.detach(), 1e-5, torch.float32, 0.0, None)),
+        (ops.rms_norm_backward, (x.detach(), r.detach(), r.detach(), w.detach(), 1e-5, torch.float32, 0.5, seed)),
+        (ops.rms_norm_backward, (x.detach().half(), r.detach(), r.detach(), w.detach(), 1e-5, torch.half, 0.0, None)),
         (ops.swiglu_backward, (x.detach()[:, :20], x.detach())),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), True, True)),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), False, False)),
@@ -379,8 +398,6 @@ def test_switch():
         kernels.swiglu(x[:, :3])
     with pytest.raises(ValueError, match="weight"):
         kernels.rms_norm(x, torch.ones(3), 1e-5)
-    with pytest.raises(ValueError, match="residual torch.float16"):
-        kernels.rms_norm(x, torch.ones(4), 1e-5, x.half())
     for residual, share in ((x, 1.1), (x, -0.1), (None, 0.5)):
         with pytest.raises(ValueError, match=f"not {share}"):
             kernels.rms_norm(x, torch.ones(4), 1e-5, residual, share)
