@@ -43,7 +43,7 @@ from data import (
     ten_crop,
     too_many,
 )
-from distributed import everyone, processes, say
+from distributed import barrier, everyone, processes, say
 from t5 import T5Encoder
 from vq import VQModel
 
@@ -270,7 +270,7 @@ def run(vq, args, size, device, rank, world):
     start, splits = time.perf_counter(), {}
     for split in ("train", "val"):
         splits[split] = encode_split(vq, split, args, size, device, rank, world, sha, reader)
-    everyone(None)  # all parts are written
+    barrier()  # all parts are written
     if rank > 0:
         return
     images = {split: join(args.out / split, *found, reader) for split, found in splits.items()}

@@ -237,22 +237,24 @@ def test_a_row_of_bad_steps_ends_the_run(codes, tmp_path, monkeypatch, capsys):
     assert state["step"] == 12 and state["adamw"]["state"][0]["step"] == 8
 
 
-# Script, options, steps that are equal, how close the matrices end. A critic's batch statistics are, on CPUs, of one
-# process: equal until it is asked. A tokenizer: until rounding decides between two codes, after ten steps on some CPUs.
+# Script, options, steps, how many of them are equal, how close the matrices end. A critic's batch statistics are, on
+# CPUs, of one process: equal until it is asked. Tokenizers of one and of two were seen to part after ten steps.
 # Muon orthogonalises in bfloat16: within the length of one step. Vectors are left out: biases before a norm have no
 # gradient but rounding, of which AdamW makes steps.
 TWO = {
-    "adamw": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--micro-batch-size", 2, "--ema", 0.9), 20, 1e-5),
-    "muon": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--optimizer", "muon"), 20, 1e-3),
-    "vq": (train_vq, lambda p, c: vq_options(p, *NO_DISC, "--lr", 1e-3, "--micro-batch-size", 2), 8, None),
-    "critic": (train_vq, lambda p, c: vq_options(p, "--lr", 1e-3, "--disc-start", 14, "--disc-warmup", 5), 14, None),
+    "adamw": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--micro-batch-size", 2, "--ema", 0.9), 20, 20, 1e-5),
+    "muon": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--optimizer", "muon"), 20, 20, 1e-3),
+    "vq": (train_vq, lambda p, c: vq_options(p, *NO_DISC, "--lr", 1e-3, "--micro-batch-size", 2), 8, 8, 1e-5),
+    "critic": (train_vq, lambda p, c: vq_options(p, "--lr", 1e-3, "--disc-start", 14, "--disc-warmup", 5),
+               20, 14, None),
 }
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_train_what_one_does(name, pictures, codes, tmp_path):
-    (script, options, equal, close), outs = TWO[name], [tmp_path / "1", tmp_path / "2"]
-    options = (*options(pictures, codes), "--max-steps", 20, "--eval-every", 7, "--eval-images", 3, "--save-every", 8)
+    (script, options, steps, equal, close), outs = TWO[name], [tmp_path / "1", tmp_path / "2"]
+    often = "--eval-every", 7, "--eval-images", 3, "--save-every", 8
+    options = (*options(pictures, codes), "--max-steps", steps, *often)
     children = [start(script.main, out, *options, world=world) for world, out in enumerate(outs, 1)]
     assert finish(sum(children, [])) == [0, 0, 0]
     one, two = ([row for row in rows(out) if row["step"] <= equal] for out in outs)
