@@ -291,7 +291,7 @@ def main(words=None):
         most, all_of_them = list(CONTENDERS)[:4], list(CONTENDERS)
         plan = [row(preset, side, IMAGES[side], 16384, seconds, all_of_them if (preset, side) == ("L", 16) else most)
                 for (preset, side), seconds in SECONDS.items() if preset in args.presets]  # fmt: skip
-    tiny = [row("tiny", 16, 4, 512, 0, list(CONTENDERS))] if args.dry_run else []
+    tiny = [row("tiny", 16, 2, 512, 0, list(CONTENDERS))] if args.dry_run else []
     columns = ("preset", "tokens", "predicted_ms", "both_ms", "predicted_mfu", "both_mfu", "both_tokens_per_s",
                "vs_compile", "vs_eager", "both_gib", "both whole_mfu", "whole_vs_compile")  # fmt: skip
     return int(run.measure(plan, columns, tiny))

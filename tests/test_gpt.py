@@ -95,12 +95,13 @@ def direct_logits(model, tokens, cond, mask):
     def attention(name, x, padding):
         heads = (x @ w[name + "wqkv.weight"].T).unflatten(-1, (-1, c.head_dim))  # T, H + 2G, D
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        q, k = (torch.stack([torch.stack([turn(u, i) for u in row]) for i, row in enumerate(rows)]) for rows in (q, k))
         out = torch.zeros_like(q)
         for i in range(len(x)):
             keys = [j for j in range(i + 1) if j >= padding or j == i]
             for h in range(c.n_head):
                 g = h * c.n_kv_head // c.n_head
-                scores = torch.stack([turn(q[i, h], i) @ turn(k[j, g], j) for j in keys]) / c.head_dim**0.5
+                scores = torch.stack([q[i, h] @ k[j, g] for j in keys]) / c.head_dim**0.5
                 out[i, h] = scores.softmax(0) @ v[keys, g]
         return out.flatten(1) @ w[name + "wo.weight"].T
 
