@@ -75,16 +75,16 @@ def fetch(path):
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1" -> torch.device; ValueError where it is not there."""
+    """"auto", "cpu", "cuda", "cuda:1" -> torch.device, a GPU by its number; ValueError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device).tolist()  # "meta" has no values
+        nothing = torch.empty(0, device=torch.device(name))
+        nothing.tolist()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}") from None
-    return device
+    return nothing.device
 
 
 def launched():

@@ -1,4 +1,4 @@
-"""Images in: built-in sets, image folders, crops, endless batches.
+"""Sets of images: built-in ones, folders, captioned ones; and batches of their pictures.
 
 B, 3, H, W: pixels in [-1, 1]; A: augmentations of a picture.
 """
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import builtin_sets
 from builtin_sets import split_indices
 from common import launched, nearest, whole_characters
+from crops import center_crop, open_image, pair, random_crop, to_tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
-LONGEST = 32  # crops that a picture may be long
 BAD_SHARE_HELP = "share of images that may have no usable pixels or caption before the run stops"
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     if str(data) == "digits-text":
         return ImageSet(**builtin_sets.digits_text(split, 24_000 if split == "train" else 960)[0])
     digits = str(data) == "digits"
-    pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(_pair(size)))))
+    pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))))
     return pictures.subset(split_indices(pictures.labels, 0.1 if digits else 0.05, split))
 
 
@@ -229,94 +229,6 @@ def read_pairs(images, bad_share):
             captions.append(None)
     rejects.check(len(images))
     return captions
-
-
-def open_image(path):
-    """The file's first frame as a fully decoded RGB image: upright (EXIF), on white where transparent, 8 bits."""
-    with Image.open(path) as img:
-        img.load()
-        img = ImageOps.exif_transpose(img)
-    if img.mode.startswith("I"):  # 16-bit grey, 0..65535
-        img = Image.fromarray((np.asarray(img).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if img.has_transparency_data:
-        img = img.convert("RGBA")
-        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-    return img.convert("RGB")
-
-
-def as_size(numbers):
-    """[256] -> 256, [32, 64] -> (32, 64), of --size; ValueError for others."""
-    if len(numbers) not in (1, 2) or min(numbers) < 1 or max(numbers) > 8192:
-        raise ValueError(f"--size takes one or two numbers (height, width) from 1 to 8192, not {numbers}")
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
-
-
-def check_size(size, factor):
-    """ValueError where a tokenizer with `factor` pixels per code cannot take images of this size."""
-    if any(side % factor for side in _pair(size)):
-        raise ValueError(f"--size {size} is no multiple of {factor}, the tokenizer's pixels per code")
-
-
-def _pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _cover(img, h, w):
-    """Scaled so that it just covers h x w: halved with a box while twice too large, then bicubic (ADM's rule).
-
-    Of a picture more than LONGEST crops long the middle is scaled: the whole of 10000 x 1 pixels would fill gigabytes.
-    """
-    width, height = min(img.width, LONGEST * -(-img.height * w // h)), min(img.height, LONGEST * -(-img.width * h // w))
-    if (width, height) != img.size:
-        img = _crop(img, (img.height - height) // 2, (img.width - width) // 2, height, width)
-    while img.width >= 2 * w and img.height >= 2 * h:
-        img = img.resize((img.width // 2, img.height // 2), Image.Resampling.BOX)
-    scale = max(w / img.width, h / img.height)
-    return img.resize((round(img.width * scale), round(img.height * scale)), Image.Resampling.BICUBIC)
-
-
-def _crop(img, top, left, h, w):
-    return img.crop((left, top, left + w, top + h))
-
-
-def center_crop(img, size):
-    """The middle `size` (int or (h, w), pixels) of img scaled to cover it, as ADM and LlamaGen do."""
-    h, w = _pair(size)
-    img = _cover(img, h, w)
-    return _crop(img, (img.height - h) // 2, (img.width - w) // 2, h, w)
-
-
-def mirrored(img, size):
-    """[centre crop, its mirror image]."""
-    img = center_crop(img, size)
-    return [img, ImageOps.mirror(img)]
-
-
-def random_crop(img, size, rng, flip, scale=1.25):
-    """A random `size` of img scaled to cover 1 to `scale` times it (256..320 at 256); mirrored at random if `flip`."""
-    h, w = _pair(size)
-    short = min(h, w)
-    scaled = rng.integers(short, round(scale * short), endpoint=True)
-    img = _cover(img, round(h * scaled / short), round(w * scaled / short))
-    top, left = rng.integers(img.height - h, endpoint=True), rng.integers(img.width - w, endpoint=True)
-    img = _crop(img, int(top), int(left), h, w)
-    return ImageOps.mirror(img) if flip and rng.random() < 0.5 else img
-
-
-def ten_crop(img, size, scale):
-    """Corners (top left, top right, bottom ...) and centre of a centre crop at scale * size, then their mirrors."""
-    h, w = _pair(size)
-    img = center_crop(img, (round(h * scale), round(w * scale)))
-    bottom, right = img.height - h, img.width - w
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    crops = [_crop(img, top, left, h, w) for top, left in corners]
-    return crops + [ImageOps.mirror(crop) for crop in crops]
-
-
-def to_tensor(img):
-    """RGB image -> float32 [3, H, W] in [-1, 1]."""
-    x = np.ascontiguousarray(np.asarray(img).transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] -> [3, H, W]
-    return torch.from_numpy(x / np.float32(127.5) - 1)
 
 
 def _read(image):
@@ -479,7 +391,7 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
     if launched()[0] > 0:
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (h, w), checked = _pair(size), []
+    (h, w), checked = pair(size), []
     for split in ("train", "val"):
         pictures = load_images(data, split, size, val_data, text, bad_share)
         rejects, sizes = Rejects(pictures.source, bad_share), []

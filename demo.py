@@ -19,8 +19,9 @@ from captions import open_reader
 from codes import CodeFile
 from command_line import DEVICE_HELP, Parser, add_command, cli
 from common import make_folder, pick_device, save_grid, to_uint8
-from data import center_crop, load_images, to_tensor
-from evaluate import reconstruct, reconstruction_psnr
+from crops import center_crop, to_tensor
+from data import load_images
+from metrics import reconstruct, reconstruction_psnr
 from sample import load_models, paint, read_captions
 from vq import usage_and_perplexity
 

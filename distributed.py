@@ -25,12 +25,12 @@ def by_torchrun():
 
 def own_device(name):
     """As pick_device; of GPUs each of several processes has its own. ValueError for one that all would share."""
-    (rank, world), device = launched(), pick_device(name)
-    if world == 1 or device.type != "cuda":
-        return device
-    if device.index is not None:
+    rank, world = launched()
+    if world > 1 and name.startswith("cuda:"):
         raise ValueError(f"--device {name} is one GPU, and there are {world} processes: give --device cuda")
-    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK') or rank % torch.cuda.device_count()}")
+    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or rank % torch.cuda.device_count()}"
+    return pick_device(name)  # which touches no other: all would take memory of the first
 
 
 @contextmanager
@@ -41,11 +41,11 @@ def processes(device_name, timeout=None, gradients=True):
     over NCCL; without, processes exchange what lies in main memory only, over gloo.
     """
     (rank, world), device = launched(), own_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks about "the" GPU means this one
     if not by_torchrun():
         yield device, rank, world
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gradients and device.type == "cuda" else "gloo", timeout=timeout)
     yield device, rank, world
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one

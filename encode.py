@@ -28,19 +28,15 @@ from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokeni
 from codes import CodeFile, CodeWriter, file_sha256
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import autocast, launched, make_folder
+from crops import as_size, center_crop, check_size, mirrored, ten_crop
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
     DATA_HELP,
-    as_size,
-    center_crop,
     check_images,
-    check_size,
     check_unusable,
     eval_batches,
     load_images,
-    mirrored,
-    ten_crop,
     too_many,
 )
 from distributed import barrier, everyone, processes, say

@@ -19,18 +19,8 @@ import command_line
 import common
 import distributed
 import training
-from data import (
-    BAD_SHARE,
-    BAD_SHARE_HELP,
-    DATA_HELP,
-    as_size,
-    check_images,
-    check_size,
-    eval_batches,
-    image_batches,
-    load_images,
-)
-from evaluate import reconstruction_psnr
+from crops import as_size, check_size
+from data import BAD_SHARE, BAD_SHARE_HELP, DATA_HELP, check_images, eval_batches, image_batches, load_images
 from losses import (
     LPIPS,
     PatchGAN,
@@ -40,6 +30,7 @@ from losses import (
     non_saturating_d_loss,
     non_saturating_g_loss,
 )  # fmt: skip
+from metrics import reconstruction_psnr
 from vq import PRESETS, VQConfig, VQModel, usage_and_perplexity
 
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_saturating_g_loss, non_saturating_d_loss)}
@@ -116,7 +107,9 @@ def evaluate(model, lpips, val_set, args, device):
 @torch.no_grad()
 def picture(model, val_set, size, device, path):
     """Held-out images above their reconstructions, the same eight each time."""
-    images, _, _ = next(eval_batches(val_set, size, 8, limit=8))
+    images, *_ = next(eval_batches(val_set, size, 8, limit=8), (None,))
+    if images is None:
+        raise OSError("none of these images can be read")
     with common.evaluating(model):
         rec, _, _ = model(images.to(device))
     common.save_grid(path, common.to_uint8(torch.cat([images, rec.cpu()])), columns=len(images), notice=val_set.notice)

@@ -241,6 +241,9 @@ def bars(rows, label, series, path, xlabel, log=True):
         axes.barh([y + height * (i - (len(series) - 1) / 2) for y in range(len(rows))], values, height, label=name)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows])
     axes.set(xscale="log" if log else "linear", xlabel=xlabel, title=rows[-1]["gpu"])
+    if log:  # plain numbers at powers of ten alone: more would overlap
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.invert_yaxis()
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -13,7 +13,8 @@ from PIL import Image
 
 import builtin_sets
 import data
-from data import ImageSet, center_crop, eval_batches, image_batches, load_images
+from crops import center_crop, cover, mirrored, open_image, pair, random_crop, ten_crop, to_tensor
+from data import ImageSet, eval_batches, image_batches, load_images
 
 
 def picture(seed, size=(40, 30)):
@@ -224,38 +225,38 @@ def test_center_crop_is_adms(size):
 @pytest.mark.parametrize("size, scaled", [((9000, 2), (1024, 32)), ((2, 9000), (32, 1024)), ((64, 2), (1024, 32))])
 def test_only_the_middle_of_long_pictures_is_scaled(size, scaled, monkeypatch):
     img = picture(0, size)
-    assert data._cover(img, 32, 32).size == scaled
+    assert cover(img, 32, 32).size == scaled
     crop = np.asarray(center_crop(img, 32)).astype(int)
-    monkeypatch.setattr(data, "LONGEST", 10_000)
+    monkeypatch.setattr("crops.LONGEST", 10_000)
     assert abs(crop - np.asarray(center_crop(img, 32))).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [32, (32, 64), (48, 16)], ids=str)
 def test_crops_have_their_size(shape):
-    h, w = data._pair(shape)
+    h, w = pair(shape)
     rng = np.random.default_rng(0)
     for size in [(32, 32), (33, 500), (500, 33), (5, 7), (97, 61), (9000, 2), (1, 9000)]:
         img = picture(0, size)
-        crops = [center_crop(img, shape), *data.mirrored(img, shape), *data.ten_crop(img, shape, 1.05)]
-        crops += [data.random_crop(img, shape, rng, True) for _ in range(20)]
+        crops = [center_crop(img, shape), *mirrored(img, shape), *ten_crop(img, shape, 1.05)]
+        crops += [random_crop(img, shape, rng, True) for _ in range(20)]
         assert {crop.size for crop in crops} == {(w, h)}
 
 
 def test_random_crop_scales_and_flips():
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 320, dtype=np.uint8), (320, 1))).convert("RGB")
     rng = np.random.default_rng(0)
-    crops = [np.asarray(data.random_crop(ramp, 256, rng, True))[128, :, 0].astype(int) for _ in range(200)]
+    crops = [np.asarray(random_crop(ramp, 256, rng, True))[128, :, 0].astype(int) for _ in range(200)]
     spans = np.array([abs(c[-1] - c[0]) for c in crops])
     assert spans.max() > 250 and 200 < spans.min() < 210  # the whole width .. 256 of 320
-    little = [np.asarray(data.random_crop(ramp, 256, rng, False, 1.1))[128, :, 0].astype(int) for _ in range(50)]
+    little = [np.asarray(random_crop(ramp, 256, rng, False, 1.1))[128, :, 0].astype(int) for _ in range(50)]
     assert min(c[-1] - c[0] for c in little) > 228
     assert 70 < sum(c[-1] < c[0] for c in crops) < 130
-    assert all(np.asarray(data.random_crop(ramp, 256, rng, False))[0, -1, 0] > 128 for _ in range(20))
+    assert all(np.asarray(random_crop(ramp, 256, rng, False))[0, -1, 0] > 128 for _ in range(20))
 
 
 def test_ten_crop_order():
     img = picture(0, (40, 40))
-    crops = [np.asarray(c) for c in data.ten_crop(img, 20, 1.5)]
+    crops = [np.asarray(c) for c in ten_crop(img, 20, 1.5)]
     large = np.asarray(center_crop(img, 30))
     corners = [large[:20, :20], large[:20, 10:], large[10:, :20], large[10:, 10:], large[5:25, 5:25]]
     for got, expected in zip(crops, corners + [c[:, ::-1] for c in corners], strict=True):
@@ -264,7 +265,7 @@ def test_ten_crop_order():
 
 def test_to_tensor():
     img = Image.fromarray(np.array([[[0, 51, 255], [255, 0, 102]]], dtype=np.uint8))
-    x = data.to_tensor(img)
+    x = to_tensor(img)
     assert x.shape == (3, 1, 2) and x.dtype == torch.float32 and x.is_contiguous()
     torch.testing.assert_close(x[:, 0], torch.tensor([[-1, 1], [-0.6, -1], [1, -0.2]]))
 
@@ -312,9 +313,9 @@ def test_eval_crops_and_limit():
     image_set = ImageSet([picture(i) for i in range(7)], np.arange(7), list("abcdefg"), list("abcdefg"), True)
     batches = list(eval_batches(image_set, (8, 16), 3))
     assert [len(b[0]) for b in batches] == [3, 3, 1] and torch.cat([b[2] for b in batches]).tolist() == list(range(7))
-    torch.testing.assert_close(batches[1][0][0], data.to_tensor(center_crop(image_set.images[3], (8, 16))))
+    torch.testing.assert_close(batches[1][0][0], to_tensor(center_crop(image_set.images[3], (8, 16))))
     assert torch.cat([b[2] for b in eval_batches(image_set, 8, 2, limit=3)]).tolist() == [0, 2, 4]
-    ten = next(eval_batches(image_set, 8, 2, crop=lambda img, size: data.ten_crop(img, size, 1.1)))[0]
+    ten = next(eval_batches(image_set, 8, 2, crop=lambda img, size: ten_crop(img, size, 1.1)))[0]
     assert ten.shape == (2, 10, 3, 8, 8)
     random = [next(eval_batches(image_set, 8, 2, crop=4, seed=s))[0] for s in (0, 0, 1)]
     assert random[0].shape == (2, 4, 3, 8, 8) and torch.equal(random[0], random[1])
@@ -322,7 +323,7 @@ def test_eval_crops_and_limit():
     assert kept.tolist() == [1] and torch.equal(some[0], random[0][1])  # drawn by its place in the set
     assert not torch.equal(random[0], random[2]) and not torch.equal(random[0][:, 0], random[0][:, 1])
     still = next(image_batches(image_set, 8, 1, seed=0, train=False))
-    torch.testing.assert_close(still[0][0], data.to_tensor(center_crop(image_set.images[still[1]], 8)))
+    torch.testing.assert_close(still[0][0], to_tensor(center_crop(image_set.images[still[1]], 8)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -373,10 +374,10 @@ def test_large_pictures_are_read_up_to_twice_pillows_limit(tmp_path, monkeypatch
     GREY.save(tmp_path / "grey.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # 256 are there
     with pytest.warns(Image.DecompressionBombWarning):
-        assert data.open_image(tmp_path / "grey.png").size == (16, 16)
+        assert open_image(tmp_path / "grey.png").size == (16, 16)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(Image.DecompressionBombError):
-        data.open_image(tmp_path / "grey.png")
+        open_image(tmp_path / "grey.png")
 
 
 def test_nothing_readable(tmp_path):

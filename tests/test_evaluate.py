@@ -21,8 +21,9 @@ from command_line import cli
 from common import save_file
 from data import load_images
 from distributed import processes
-from evaluate import Images, features, frechet_distance, inception_score, precision_recall, psnr, ssim, statistics
+from evaluate import Images, features
 from inception import BLOCKS, FILES, Inception, resize
+from metrics import frechet_distance, inception_score, precision_recall, psnr, ssim, statistics
 
 CPU = torch.device("cpu")
 

@@ -27,6 +27,7 @@ import training
 import vq
 from codes import CodeFile, CodeWriter, file_sha256
 from common import save_file
+from data import ImageSet
 from gpt import GPT
 from training import learning_rate
 from vq import VQConfig, VQModel
@@ -280,6 +281,17 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
     assert not same(state["model"], state["ema"])
     saved = torch.load(tmp_path / "whole" / file, weights_only=True)["model"]
     assert same(saved, state["ema"])  # what is evaluated and sampled
+
+
+def test_a_picture_of_unreadable_images_is_a_warning(tmp_path, caplog):
+    """Every second one of 16, within --bad-share: all eight that it would show."""
+    paths = [tmp_path / f"{i}.png" for i in range(16)]
+    for path in paths[1::2]:
+        Image.new("RGB", (8, 8)).save(path)
+    held_out = ImageSet(paths, np.zeros(16, np.int64), ["image"], [path.name for path in paths], True, bad_share=0.5)
+    with training.dispensable("reconstructions.png"):
+        train_vq.picture(VQModel(VQConfig(**VQ)), held_out, 8, torch.device("cpu"), tmp_path / "reconstructions.png")
+    assert "reconstructions.png could not be written: none of these images can be read" in caplog.text
 
 
 def test_resuming_needs_the_same_options(codes, tmp_path, monkeypatch):

@@ -484,14 +484,16 @@ def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_what_a_process_takes_of_the_machine(monkeypatch):
-    """Its own GPU under torchrun; and NCCL where gradients are exchanged, only."""
-    backends = []
-    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(name.replace("auto", "cuda")))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    """Its own GPU under torchrun, which is the current one; and NCCL where gradients are exchanged, only."""
+    backends, current = [], []
+    by_name = dict(auto="cuda:0", cuda="cuda:0")
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(by_name.get(name, name)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, timeout: backends.append(backend))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     with distributed.processes("auto") as found:
-        assert found == (torch.device("cuda"), 0, 1) and not backends
+        assert found == (torch.device("cuda:0"), 0, 1) and not backends and current == [0]
     for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
         monkeypatch.setenv(name, value)
     for name, gradients, device, backend in (
@@ -499,6 +501,7 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
     ):  # fmt: skip
         with distributed.processes(name, gradients=gradients) as found:
             assert found == (torch.device(device), 3, 4) and backends.pop() == backend
+    assert current == [0, 1, 1]
     with pytest.raises(ValueError, match="--device cuda:1 is one GPU, and there are 4 processes"):
         distributed.own_device("cuda:1")
     monkeypatch.delenv("LOCAL_RANK")
@@ -507,6 +510,10 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")  # RANK and this, without torchrun's address of the first process
     with distributed.processes("cuda:1") as found:
         assert found == (torch.device("cuda:1"), 3, 1) and not backends
+    for name, value in dict(RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1").items():  # torchrun with one process
+        monkeypatch.setenv(name, value)
+    with distributed.processes("auto") as found:
+        assert found == (torch.device("cuda:0"), 0, 1) and backends == ["cpu:gloo,cuda:nccl"] and current[-1] == 0
 
 
 def test_impossible_options_are_refused(monkeypatch):
