@@ -42,15 +42,17 @@ class ImageSet:
     captions: list | None = None  # a list of strings per picture
     bad_share: float = BAD_SHARE
     source: str = "the images"  # whose they are, for errors
+    of: int | None = None  # pictures that bad_share is a share of (default: these)
 
     def __len__(self):
         return len(self.images)
 
-    def subset(self, keep):
+    def subset(self, keep, of=None):
+        """Some of the pictures: a set of its own, or a sample, whose bad_share is that of the `of` it was drawn from."""
         keep = np.asarray(keep, dtype=np.int64)
         captions = None if self.captions is None else [self.captions[i] for i in keep]
         return replace(self, images=[self.images[i] for i in keep], labels=self.labels[keep],
-                       names=[self.names[i] for i in keep], captions=captions)
+                       names=[self.names[i] for i in keep], captions=captions, of=of)
 
 
 def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHARE):
@@ -301,7 +303,7 @@ def _batches(image_set, views, batch_sampler, workers):
                 continue
             seen[index] = f"{image_set.images[index]} ({error})"
             log.warning("unreadable image left out: %s", seen[index])
-            check_unusable(len(seen), len(image_set), image_set.bad_share, image_set.source,
+            check_unusable(len(seen), image_set.of or len(image_set), image_set.bad_share, image_set.source,
                            f"the first is {next(iter(seen.values()))}")
         if images is not None:
             yield images, labels, indices

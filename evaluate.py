@@ -279,7 +279,7 @@ def recon(args):
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
         feats = network and [open_rows(folder / f"{name}.npy", (n, POOL)) for name in ("original", "reconstruction")]
-        mine = images.subset(range(rank, n, world))
+        mine = images.subset(range(rank, n, world), of=n)
         bar = tqdm(total=len(mine), desc="images", unit="image", disable=rank > 0)
         for x, _, index in eval_batches(mine, args.size, args.batch_size):
             x, at = x.to(device), index.numpy() * world + rank

@@ -92,7 +92,8 @@ def build_model(args):
 def evaluate(model, lpips, val_set, args, device):
     """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
     (rank, world), sums = common.launched(), torch.zeros(3, dtype=torch.float64)  # of losses, of PSNR, and images
-    mine = val_set.subset(training.spread(args.eval_images, len(val_set))[rank::world])
+    n = len(val_set)
+    mine = val_set.subset(training.spread(args.eval_images, n)[rank::world], of=n)
     for images, _, _ in eval_batches(mine, args.size, args.micro_batch_size):
         images = images.to(device)
         with common.evaluating(model):
@@ -101,6 +102,8 @@ def evaluate(model, lpips, val_set, args, device):
         quality = reconstruction_psnr(images, rec).sum()
         sums += torch.tensor([len(images) * float(loss), float(quality), len(images)], dtype=torch.float64)
     loss, quality, n = distributed.total(sums).tolist()
+    if not n:
+        raise ValueError(f"{val_set.source}: none of {args.eval_images} images can be read: raise --eval-images")
     return {"val_loss": loss / n, "val_psnr": quality / n}
 
 

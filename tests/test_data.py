@@ -380,6 +380,17 @@ def test_large_pictures_are_read_up_to_twice_pillows_limit(tmp_path, monkeypatch
         open_image(tmp_path / "grey.png")
 
 
+def test_a_sample_is_judged_as_the_set_that_it_is_of(tmp_path):
+    """One bad picture of a hundred is 1%, also where a process has two of them to look at."""
+    paths = [tmp_path / f"{i}.png" for i in range(100)]
+    GREY.save(paths[1])
+    image_set = ImageSet(paths, np.zeros(100, np.int64), ["image"], [path.name for path in paths], False)
+    ((_, _, indices),) = eval_batches(image_set.subset([0, 1], of=100), 8, 2)
+    assert indices.tolist() == [1]
+    with pytest.raises(ValueError, match=r"1 of 2 \(50.0%\)"):
+        next(eval_batches(image_set.subset([0, 1]), 8, 2))
+
+
 def test_nothing_readable(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("not a picture")

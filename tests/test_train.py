@@ -292,6 +292,9 @@ def test_a_picture_of_unreadable_images_is_a_warning(tmp_path, caplog):
     with training.dispensable("reconstructions.png"):
         train_vq.picture(VQModel(VQConfig(**VQ)), held_out, 8, torch.device("cpu"), tmp_path / "reconstructions.png")
     assert "reconstructions.png could not be written: none of these images can be read" in caplog.text
+    args = SimpleNamespace(eval_images=8, size=8, micro_batch_size=4, perceptual_weight=0)
+    with pytest.raises(ValueError, match="the images: none of 8 images can be read"):
+        train_vq.evaluate(VQModel(VQConfig(**VQ)), None, held_out, args, torch.device("cpu"))
 
 
 def test_resuming_needs_the_same_options(codes, tmp_path, monkeypatch):
