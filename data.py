@@ -48,7 +48,7 @@ class ImageSet:
         return len(self.images)
 
     def subset(self, keep, of=None):
-        """Some of the pictures: a set of its own, or a sample, whose bad_share is that of the `of` it was drawn from."""
+        """Some of the pictures: a set of its own, or a sample out of `of` pictures, whose bad_share is theirs."""
         keep = np.asarray(keep, dtype=np.int64)
         captions = None if self.captions is None else [self.captions[i] for i in keep]
         return replace(self, images=[self.images[i] for i in keep], labels=self.labels[keep],
