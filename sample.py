@@ -8,6 +8,7 @@
         --n 50000 --cfg-scale 2 --size 256 --npz samples.npz    # continues after an interruption
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -77,6 +78,12 @@ def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, to
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
 
 
+@functools.cache
+def side_stream(device):
+    """The stream of a GPU on which steps are captured: one, as cuBLAS keeps a workspace for every stream for good."""
+    return torch.cuda.Stream(device)
+
+
 class Loop:
     """The buffers of one kind of request and, on a GPU, its steps as CUDA graphs; kept for the next such request.
 
@@ -98,7 +105,7 @@ class Loop:
         self.graphs = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                pool, stream = torch.cuda.graph_pool_handle(), side_stream(device)
                 self.graphs = {rows: self.capture(model, rows, pool, stream) for rows in later_rows}
 
     def capture(self, model, rows, pool, stream):

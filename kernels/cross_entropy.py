@@ -116,6 +116,7 @@ def _save(ctx, inputs, output):
     x, weight = inputs[:2]
     ctx.dtype, ctx.n = weight.dtype, x.shape[0]
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of dx and dw, which nothing reads
 
 
 def _linear_cross_entropy_autograd(ctx, d_loss, *nothing):

@@ -1,16 +1,16 @@
 """Training steps of the GPT as train_gpt.py makes them: tokens/s, share of the GPU's peak (MFU), memory.
 
-    eager           PyTorch alone
+    eager           PyTorch alone, in micro-batches half as large: it keeps twice as much
     compile         torch.compile alone, block by block: one compilation serves all layers
     kernels         ours, without torch.compile
     both            ours within blocks that are compiled; predicted
     whole           PyTorch alone, the model compiled as a whole; takes a minute, so GPT-L at 256 tokens only
     both whole      ours, the model compiled as a whole, which is what train_gpt.py does
 
-A step: 256 images (128 of 576 tokens) in micro-batches, forward and backward under bfloat16 autocast with dropout,
-clipping, fused AdamW. Contenders in turn on the same weights, over two rounds. Before a row is timed, gradients of the
-kernels and of PyTorch in bfloat16 are compared with those in float32. Rows go to benchmarks/<gpu>/train.csv, train.png
-is drawn from it.
+A step: 256 images (128 of 576 tokens) in two micro-batches (XL: four), forward and backward under bfloat16 autocast
+with dropout, clipping, fused AdamW. PyTorch alone has F.cross_entropy over whole logits, not our loss in chunks.
+Contenders in turn on the same weights, over two rounds. Before a row is timed, gradients of the kernels and of PyTorch
+in bfloat16 are compared with those in float32. Rows go to benchmarks/<gpu>/train.csv, train.png is drawn from it.
 
     python tests/bench_train.py [--presets L] [--quick | --dry-run]
     python tests/bench_train.py --demo [--emoji-minutes 10]    # both stages on digits, and on emoji at 128 x 128
@@ -18,6 +18,7 @@ is drawn from it.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -40,13 +41,16 @@ import kernels  # noqa: E402
 import training  # noqa: E402
 from gpt import GPT, PRESETS, GPTConfig  # noqa: E402
 
-IMAGES, MICRO = {16: 256, 24: 128}, {16: 64, 24: 32}  # per step and at a time, by the side of the grid
+IMAGES = {16: 256, 24: 128}  # per step, by the side of the grid
+PARTS = {"tiny": 2, "B": 2, "L": 2, "XL": 4}  # micro-batches of a step: what 80 GB hold
 SECONDS = {("L", 16): 155, ("B", 16): 35, ("XL", 16): 60, ("L", 24): 45, ("B", 24): 35, ("XL", 24): 80}  # on an H100
 TARGET_MFU = {"L": 0.5}
 TARGET_VS_COMPILE = {"L": 1.3}
 EFFICIENCY = 0.85  # of the large product, that the step's products reach: assumed
 CONTENDERS = {"eager": ("torch", "eager"), "compile": ("torch", "blocks"), "kernels": ("triton", "eager"),
               "both": ("triton", "blocks"), "whole": ("torch", "whole"), "both whole": ("triton", "whole")}  # fmt: skip
+loss_file = importlib.import_module("kernels.cross_entropy")
+OUR_LOSS = kernels.linear_cross_entropy
 RECIPE = argparse.Namespace(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.05)
 
 
@@ -59,14 +63,15 @@ def floor_ms(model, side, top):
     return 1e3 * IMAGES[side] * model.flops_per_image() / top.matmul
 
 
-def predicted_ms(model, side, top):
+def predicted_ms(model, side, steps, top):
     """One after the other: products, the kernels' bytes, attention, passes over logits, casts and AdamW.
 
     Bytes per token and layer: two residual adds with dropout and norm 56 C, SwiGLU 16 F. Per parameter and
-    micro-batch 12 (cast to bfloat16, its gradient to float32), per step 40 (norm and clip 12, AdamW 28).
+    micro-batch 12 (cast to bfloat16, its gradient to float32) and from the second on 12 (added up), per step 40 (norm
+    and clip 12, AdamW 28).
     """
-    c, micro = model.config, MICRO[side]
-    tokens, steps = micro * side * side, IMAGES[side] // micro
+    c, micro = model.config, IMAGES[side] // steps
+    tokens = micro * side * side
     size = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     logits = tokens * c.vocab_size
@@ -75,7 +80,7 @@ def predicted_ms(model, side, top):
     attention = next(case for case in bench_kernels.attention_case(micro, side * side, c.n_head, c.head_dim)
                      if case.direction == "fwd+bwd").predicted_ms(top)  # fmt: skip
     one = products + (moved + bench_kernels.loss_bytes(tokens, c.dim, c.vocab_size) + 12 * size) / top.copy
-    return steps * (1e3 * one + c.n_layer * attention) + 1e3 * 40 * size / top.copy
+    return steps * (1e3 * one + c.n_layer * attention) + 1e3 * (12 * (steps - 1) + 40) * size / top.copy
 
 
 def gradients(model, batch, mode, dtype):
@@ -134,7 +139,7 @@ class Contenders:
 
     def __init__(self, preset, side, images, vocab_size):
         torch.manual_seed(0)
-        self.device, self.micro = torch.device(bench.DEVICE), min(MICRO[side], images // 2)
+        self.device, self.micro = torch.device(bench.DEVICE), images // PARTS[preset]
         with self.device:
             self.model = GPT(make_config(preset, side, vocab_size)).train()
             tokens = torch.randint(vocab_size, (images, side * side))
@@ -149,11 +154,14 @@ class Contenders:
         mode, kind = CONTENDERS[name]
         before = kernels.use(mode if bench.DEVICE == "cuda" else "torch")
         self.model.layers = self.layers.get(kind, self.layers["eager"])  # the same parameters
+        kernels.linear_cross_entropy = OUR_LOSS if mode == "triton" else loss_file.linear_cross_entropy_ref
+        run_model = self.whole if kind == "whole" else self.model
+        micro = max(self.micro // 2, 1) if name == "eager" else self.micro
         try:
-            one_step(self.whole if kind == "whole" else self.model, self.model, self.optimizers, self.batch, self.micro)
+            one_step(run_model, self.model, self.optimizers, self.batch, micro)
         finally:
             kernels.use(before)
-            self.model.layers = self.layers["eager"]
+            self.model.layers, kernels.linear_cross_entropy = self.layers["eager"], OUR_LOSS
 
     def warm_up(self, name):
         """Two steps, so that every version is compiled and the optimizer has its memory: seconds, then peak GiB."""
@@ -171,7 +179,7 @@ class Contenders:
 def measure(preset, side, names, images, vocab_size, rounds, top):
     run = Contenders(preset, side, images, vocab_size)
     model, found = run.model, {}
-    row = dict(floor_ms=floor_ms(model, side, top), predicted_ms=predicted_ms(model, side, top))
+    row = dict(floor_ms=floor_ms(model, side, top), predicted_ms=predicted_ms(model, side, PARTS[preset], top))
     row["error"] = check(model, run.batch)
     peak = training.peak_flops(run.device, "bfloat16") if bench.DEVICE == "cuda" else 989e12
     flops = images * model.flops_per_image()

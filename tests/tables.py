@@ -129,7 +129,7 @@ def training_table():
         for side in (16, 24):
             with torch.device("meta"):
                 model = GPT(bench_train.make_config(preset, side))
-            images, ms = bench_train.IMAGES[side], bench_train.predicted_ms(model, side, TOP)
+            images, ms = bench_train.IMAGES[side], bench_train.predicted_ms(model, side, bench_train.PARTS[preset], TOP)
             mfu = images * model.flops_per_image() / (1e-3 * ms) / (1e12 * training.PEAK_TFLOPS["H100"])
             found = measured("train", preset=preset, tokens=side**2, images=images)
             target, ratio = bench_train.TARGET_MFU.get(preset), bench_train.TARGET_VS_COMPILE.get(preset)

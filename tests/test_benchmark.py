@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import subprocess
+import time
 from types import SimpleNamespace
 
 import bench_kernels
@@ -70,6 +71,34 @@ def test_a_rival_that_waits_for_the_gpu_is_not_captured(monkeypatch):
         bench_kernels.replay(waits)
     assert modes == ["error", "default"] and not captured
     assert bench_kernels.replay(lambda: None) == "replay" and modes[-1] == "default" and len(captured) == 1
+
+
+def test_the_gpu_waits_until_a_call_is_issued(monkeypatch):
+    """For longer than the host takes for it: else kernels shorter than their launch would be timed as that."""
+    calls, cuda, empty = [], benchmark.torch.cuda, benchmark.torch.empty
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    def slow():
+        time.sleep(0.004)
+        calls.append("call")
+
+    monkeypatch.setattr(benchmark, "DEVICE", "cuda")
+    monkeypatch.setattr(benchmark.torch, "empty", lambda *shape, dtype, device: empty(8, dtype=dtype))
+    for name, fake in dict(Event=Event, _sleep=calls.append, synchronize=lambda: None).items():
+        monkeypatch.setattr(cuda, name, fake)
+    assert benchmark.time_ms(slow, 1) == [0.25] * 3
+    timed = calls[calls.index("event") - 1 :]
+    assert len(timed) == 4 * 20 and timed[1::4] == timed[3::4] == 20 * ["event"] and timed[2::4] == 20 * ["call"]
+    assert set(map(type, timed[::4])) == {int} and timed[0] > 2e9 * 0.004
 
 
 def test_a_rival_that_fails_costs_its_figure_only(monkeypatch, capsys):
