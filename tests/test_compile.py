@@ -269,7 +269,7 @@ def compile_case(target, index, counted):
 
 
 def table(targets=(), counted=None):
-    """All rows (of these targets), by two processes at a time without the interpreter; `counted` as in compile_case."""
+    """All rows (of these targets), compiled without the interpreter; `counted` as in compile_case."""
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "NANOLLAMAGEN_KERNELS")}
     words = [sys.executable, __file__, "--json", json.dumps(counted), *targets]
     out = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
@@ -291,7 +291,7 @@ def show(rows):
 def compile_all(targets, counted):
     sys.path.insert(0, str(ROOT))
     jobs = [(target, index) for target in targets or TARGETS for index in range(len(list(cases(target))))]
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:  # beside another worker's tests
         return list(pool.map(functools.partial(compile_case, counted=counted), *zip(*jobs, strict=True), chunksize=2))
 
 

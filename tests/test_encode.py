@@ -94,7 +94,7 @@ def two(pictures, out, *more, part):
     processes = [fork.Process(target=run, args=(pictures, out, *more), kwargs=kwargs) for kwargs in how]
     for p in processes:
         p.start()
-    return [p.join(60) or p.exitcode for p in processes]
+    return [p.join(300) or p.exitcode for p in processes]
 
 
 @pytest.mark.parametrize("part", [2, 7, 100])
@@ -209,7 +209,7 @@ def held(pictures, out):
             seen.append(0)
             if len(seen) == 3:
                 there.set()
-                assert go.wait(60)
+                assert go.wait(300)
             return real(*args)
 
         encode.encode_images = encode_images
@@ -217,7 +217,7 @@ def held(pictures, out):
 
     first = fork.Process(target=wait, daemon=True)
     first.start()
-    assert there.wait(60)
+    assert there.wait(300)
     return first, go
 
 
@@ -233,7 +233,7 @@ def test_two_runs_into_one_folder(pictures, whole, tmp_path):
         assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     finally:
         go.set()
-        first.join(60)
+        first.join(300)
     assert first.exitcode == 0 and files(out) == whole
 
 

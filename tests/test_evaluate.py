@@ -311,7 +311,7 @@ def as_processes(count, target, codes=0):
     for p in started:
         p.start()
     for p in started:
-        p.join(120)
+        p.join(300)
     found = [p.exitcode for p in started]
     for p in started:
         p.kill()

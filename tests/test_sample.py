@@ -379,7 +379,7 @@ def test_two_processes_paint_what_one_does(files, monkeypatch, how):
     for p in processes:
         p.start()
     for p in processes:
-        p.join(60)
+        p.join(300)
     assert [p.exitcode for p in processes] == [0, 0]
     if how == "npz":
         images, labels = long_run(files, monkeypatch, "one")

@@ -72,7 +72,7 @@ def start(main, out, *options, world=0, before=list):
 
 def finish(children):
     """Their exit codes."""
-    return [child.join(60) or child.exitcode for child in children]
+    return [child.join(300) or child.exitcode for child in children]
 
 
 def slow(seconds=0.1):
@@ -86,7 +86,7 @@ def rows(out):
 
 def wait(path, pattern):
     """Until a file holds that."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (path.exists() and re.search(pattern, path.read_text())):
         assert time.monotonic() < end
         time.sleep(0.01)
