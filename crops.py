@@ -1,7 +1,7 @@
 """One picture: opening it, crops of it, its pixels as a tensor.
 
 A size is a number of pixels for both sides, or (height, width). Random crops and their scales are those of LlamaGen's
-recipe, centre crops those of the ADM evaluator.
+recipe, centre crops ADM's (OpenAI's guided-diffusion).
 """
 
 import numpy as np

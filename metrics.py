@@ -1,7 +1,6 @@
 """What the scores are: of images against images, and of features against features.
 
-The definitions are those of the ADM evaluator (OpenAI's guided-diffusion), with which LlamaGen, DiT, VAR and MAR report
-theirs.
+Those of features are the ADM evaluator's (OpenAI's guided-diffusion), with which LlamaGen, DiT and VAR report theirs.
 """
 
 import numpy as np

@@ -101,10 +101,10 @@ def evaluate(model, lpips, val_set, args, device):
         loss = F.mse_loss(rec, images) + (args.perceptual_weight * lpips(rec, images) if lpips else 0)
         quality = reconstruction_psnr(images, rec).sum()
         sums += torch.tensor([len(images) * float(loss), float(quality), len(images)], dtype=torch.float64)
-    loss, quality, n = distributed.total(sums).tolist()
-    if not n:
-        raise ValueError(f"{val_set.source}: none of {args.eval_images} images can be read: raise --eval-images")
-    return {"val_loss": loss / n, "val_psnr": quality / n}
+    loss, quality, read = distributed.total(sums).tolist()
+    if not read:
+        raise ValueError(f"{val_set.source}: none of the {min(args.eval_images, n)} images to evaluate can be read")
+    return {"val_loss": loss / read, "val_psnr": quality / read}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Training steps of the GPT as train_gpt.py makes them: tokens/s, share of the GPU's peak (MFU), memory.
 
-    eager           PyTorch alone, in micro-batches half as large: it keeps twice as much
+    eager           PyTorch alone, in micro-batches half as large, as it keeps more
     compile         torch.compile alone, block by block: one compilation serves all layers
     kernels         ours, without torch.compile
     both            ours within blocks that are compiled; predicted
@@ -42,7 +42,7 @@ import training  # noqa: E402
 from gpt import GPT, PRESETS, GPTConfig  # noqa: E402
 
 IMAGES = {16: 256, 24: 128}  # per step, by the side of the grid
-PARTS = {"tiny": 2, "B": 2, "L": 2, "XL": 4}  # micro-batches of a step: what 80 GB hold
+PARTS = {"tiny": 2, "B": 2, "L": 2, "XL": 4}  # micro-batches of a step, as 80 GB are expected to hold
 SECONDS = {("L", 16): 155, ("B", 16): 35, ("XL", 16): 60, ("L", 24): 45, ("B", 24): 35, ("XL", 24): 80}  # on an H100
 TARGET_MFU = {"L": 0.5}
 TARGET_VS_COMPILE = {"L": 1.3}

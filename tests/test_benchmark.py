@@ -125,6 +125,17 @@ def test_dry_run(script, words, tmp_path, capsys):
     assert benchmark.read_csv(path) and "FAILED" not in capsys.readouterr().out
 
 
+def test_pytorch_alone_has_its_own_loss(monkeypatch):
+    """And ours is there again afterwards."""
+    losses, run = [], bench_train.Contenders("tiny", 16, 2, 512)
+    monkeypatch.setattr(bench_train, "one_step", lambda *_: losses.append(kernels.linear_cross_entropy))
+    for name in bench_train.CONTENDERS:
+        run.step(name)
+    plain = bench_train.loss_file.linear_cross_entropy_ref
+    assert [loss is plain for loss in losses] == [True, True, False, False, True, False]
+    assert kernels.linear_cross_entropy is bench_train.OUR_LOSS is not plain
+
+
 def test_no_gpu_no_figures(tmp_path):
     if not benchmark.torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no GPU"):

@@ -122,14 +122,12 @@ def swiglu_cases(target):
 
 
 def attention_cases(target):
-    """As `cases`: with turned keys, or turning them inside; grouped; in float32. Without padding, which takes fewer
-    registers, on sm_90 alone."""
+    """As `cases`: with turned keys, padded or not, or turning them inside; grouped; in float32."""
     file, arch = importlib.import_module("kernels.rope_attention"), "hip" if target == "gfx942" else target
     inside = [(64, 16, 1, "bfloat16", True, False)] if file.rotates_inside(256, 64, 1, False, arch) else []
-    runs = [(D, H, 1, "bfloat16", False, True) for D, H in HEADS] + [(128, 16, 4, "bfloat16", False, True)]
-    if target == "sm_90":
-        runs += [(D, H, 1, "bfloat16", False, False) for D, H in HEADS] + [(64, 16, 4, "bfloat16", False, False)]
-    for D, H, group, dtype, turn, padding in [*runs, *inside, (128, 16, 1, "float32", False, True)]:
+    usual = [(D, H, 1, "bfloat16", False, padding) for D, H in HEADS for padding in (True, False)]
+    grouped = [(D, 16, 4, "bfloat16", False, D == 128) for D in (64, 128)]
+    for D, H, group, dtype, turn, padding in [*usual, *inside, *grouped, (128, 16, 1, "float32", False, True)]:
         W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "int64" if padding else "float32"
         kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else "padded" if padding else ""
         six, numbers = (dtype,) * 3 + (f32, f32, mark), (T * W, W) * 3 + (T, H, group)
@@ -251,7 +249,7 @@ def compile_case(target, index, counted):
     values = [torch.empty(64, dtype=getattr(torch, arg)) if isinstance(arg, str) else arg for arg in args]
     binary = kernel.warmup(*values, grid=(1,), **constants)
     row = dict(target=target, kernel=name, warps=constants["num_warps"], shared=binary.metadata.shared)
-    row |= dict(per_element=None, half_rate=None)
+    row |= dict(per_element=None, half_rate=None, tf32=0)
     if target == "gfx942":
         asm = binary.asm["amdgcn"]
         keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
@@ -262,7 +260,7 @@ def compile_case(target, index, counted):
     cubin, ptx = binary.asm["cubin"], binary.asm["ptx"]
     usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump(cubin, "--dump-resource-usage")))
     row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=ptx.count(MMA[target]))
-    row["copies"] = re.findall(r"cp\.async\.c[ag]", ptx)
+    row |= dict(tf32=ptx.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", ptx))
     if counted is None or name in counted:
         row |= count(target, name, cubin, per_thread, trips)
     return row
@@ -325,7 +323,7 @@ def test_compile(target):
     bad = [row for row in products if not row["mma"] and not row["kernel"].endswith("float32")]
     assert not bad, f"no tensor-core instructions:\n{show(bad)}"
     exact = [row for row in rows if row["kernel"].startswith("attention") and row["kernel"].endswith("float32")]
-    bad = [row for row in exact if row["mma"] and target != "gfx942"]  # its matrix cores have a full float32
+    bad = [row for row in exact if row["tf32"]]  # gfx942 has none, and matrix cores for full float32
     assert exact and not bad, f"float32 rounded to TF32:\n{show(bad)}"
     cached = [row for row in rows if row["kernel"].startswith("decode")]
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less

@@ -124,6 +124,15 @@ def test_targets_have_to_fit(device):
 
 
 @paths
+def test_backward_makes_no_gradients_of_what_nothing_reads(device, monkeypatch):
+    x, weight = torch.randn(5, 16, device=device, requires_grad=True), torch.randn(40, 16, device=device)
+    loss = kernels.linear_cross_entropy(x, weight, torch.randint(40, (5,), device=device))
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    assert not {"aten::zeros", "aten::zero_"} & {event.key for event in profile.key_averages()}
+
+
+@paths
 def test_opcheck(device):
     x, weight = (torch.randn(n, 16, device=device, requires_grad=True) for n in (5, 40))
     targets, use_kernel = torch.randint(40, (5,), device=device), kernels.mode() == "triton"

@@ -431,6 +431,21 @@ def test_an_error_in_one_process_ends_the_other(monkeypatch, run_dir, broken):
     assert not list((run_dir / "out").iterdir())
 
 
+def test_unreadable_images_of_all_processes_count(monkeypatch, run_dir, tmp_path):
+    """Three of 200 are more than 1%, if two and one of two processes."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(run_dir))
+    for split, n in (("train", 1), ("val", 200)):
+        (tmp_path / split).mkdir()
+        for i in range(n):
+            Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / split / f"{i:03}.png")
+    options = "recon", "--vq", run_dir / "vq.pt", "--data", tmp_path, "--size", 8, "--out", tmp_path / "out"
+    for bad, code in ((2, 0), (3, 1)):
+        (tmp_path / "val" / f"{bad - 1:03}.png").write_text("no picture")
+        (tmp_path / "val" / "000.png").write_text("no picture")
+        as_processes(2, lambda: call(monkeypatch, *options), codes=code)
+    assert json.loads((tmp_path / "out" / "recon.json").read_text())["images"] == 198
+
+
 # Bad input
 
 def fails(monkeypatch, capsys, command, *options):

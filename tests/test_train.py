@@ -293,7 +293,7 @@ def test_a_picture_of_unreadable_images_is_a_warning(tmp_path, caplog):
         train_vq.picture(VQModel(VQConfig(**VQ)), held_out, 8, torch.device("cpu"), tmp_path / "reconstructions.png")
     assert "reconstructions.png could not be written: none of these images can be read" in caplog.text
     args = SimpleNamespace(eval_images=8, size=8, micro_batch_size=4, perceptual_weight=0)
-    with pytest.raises(ValueError, match="the images: none of 8 images can be read"):
+    with pytest.raises(ValueError, match="the images: none of the 8 images to evaluate can be read"):
         train_vq.evaluate(VQModel(VQConfig(**VQ)), None, held_out, args, torch.device("cpu"))
 
 

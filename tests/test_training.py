@@ -516,6 +516,14 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
         assert found == (torch.device("cuda:0"), 0, 1) and backends == ["cpu:gloo,cuda:nccl"] and current[-1] == 0
 
 
+def test_a_gpu_has_a_number(monkeypatch):
+    """Which torch.cuda.set_device asks for; "cuda" alone is the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    empty = SimpleNamespace(device=torch.device("cuda:0"), tolist=list)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: empty if device == torch.device("cuda") else None)
+    assert common.pick_device("auto") == common.pick_device("cuda") == torch.device("cuda:0")
+
+
 def test_impossible_options_are_refused(monkeypatch):
     for world, options, message in (
         (1, ("--save-every", 4, "--keep-every", 6), "--keep-every 6 is no multiple of --save-every 4"),
