@@ -279,7 +279,7 @@ def recon(args):
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
         feats = network and [open_rows(folder / f"{name}.npy", (n, POOL)) for name in ("original", "reconstruction")]
-        mine, read = images.subset(range(rank, n, world), of=n), 0
+        mine = images.subset(range(rank, n, world), of=n)
         bar = tqdm(total=len(mine), desc="images", unit="image", disable=rank > 0)
         for x, _, index in eval_batches(mine, args.size, args.batch_size):
             x, at = x.to(device), index.numpy() * world + rank
@@ -295,11 +295,10 @@ def recon(args):
                 feats[0][at] = network(((x + 1) * 127.5).round().clamp(0, 255))[0].cpu()
                 feats[1][at] = network(y.to(device))[0].cpu()
             bar.update(len(x))
-            read += len(x)
         bar.close()
         total(counts), total(late)
-        lost = n - int(total(torch.tensor(read)))  # of all processes
-        check_unusable(lost, n, images.bad_share, images.source, "the log names them")
+        read = int(total(torch.tensor(values[rank::world, 4].sum())))  # by all processes
+        check_unusable(n - read, n, images.bad_share, images.source, "the log names them")
         if rank:
             return
         done = np.flatnonzero(values[:, 4])  # unreadable images were left out
