@@ -1,20 +1,14 @@
 """Checkpoints of a run: OUT/state.pt, its predecessor state.pt.previous, and what --keep-every keeps.
 
-A file; of a sharded model a folder, in which each process writes its pieces (torch.distributed.checkpoint), and from
-which any number of processes go on, sharded or not. Reading executes nothing.
+A file; of a sharded model a folder (sharding.py), from which any number of processes go on, sharded or not. Reading
+executes nothing.
 """
 
 import logging
 import os
-import pickle
 import shutil
-from itertools import chain
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from common import Unreadable, launched, read_file, save_file
@@ -24,14 +18,6 @@ log = logging.getLogger(__name__)
 
 FIXED = ("seed", "batch_size")  # of a resumed run: they say which images a step sees
 REST = "rest.pt"  # of a folder: what is no tensor of a model or an optimizer
-INDEX = {  # what the index of a folder may be made of, which is a pickle
-    "torch": {"Size", "float32", "bfloat16", "float16", "int64", "int32", "bool", "uint8"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING"},
-}  # fmt: skip
 
 
 def link(source, target):
@@ -84,6 +70,11 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     path, fresh, failed = out / "state.pt", out / "state.pt.tmp", None
     folder, first = sharded(parts["model"]), launched()[0] == 0
     if folder:
+        from sharding import save_shards
+
+        if first:
+            remove(fresh)
+        agree(False)  # nobody writes before that
         failed = save_shards(fresh, parts)
     if first and not failed:
         try:
@@ -142,6 +133,8 @@ def fill(parts, path, args):
         if other:
             raise ValueError(", ".join(other))
         if path.is_dir():
+            from sharding import load_shards
+
             load_shards(path, parts)
         elif sharded(parts["model"]):
             raise ValueError("no --fsdp: go on without, or from the weights with --init")
@@ -158,96 +151,6 @@ def fill(parts, path, args):
         reason = str(error).strip().splitlines()
         raise ValueError(f"{path} is of a run with other options ({' '.join(reason[:2])[:200]})") from None
     return state
-
-
-def tensors(parts):
-    """{name: tensor} of models and optimizers: the tensors themselves, in pieces where they are sharded."""
-    names, found = {p: name for name, p in parts["model"].named_parameters()}, {}
-    for kind, part in parts.items():
-        if isinstance(part, Module):
-            own = chain(part.named_parameters(), part.named_buffers())
-            found |= {f"{kind}.{name}": x.detach() for name, x in own}
-        else:
-            memory = part.state.items()
-            found |= {f"{kind}.{names[p]}.{key}": x for p, memories in memory for key, x in memories.items()}
-    return found
-
-
-def save_shards(path, parts):
-    """Every process writes its pieces into a new folder; returns what went wrong in one of them, or None."""
-    if launched()[0] == 0:
-        remove(path)
-    agree(False)  # nobody writes before that
-    try:
-        dcp.save(tensors(parts), storage_writer=Writer(path))
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        if not isinstance(reason, OSError | RuntimeError):
-            raise
-        return reason
-
-
-class Writer(dcp.FileSystemWriter):
-    def storage_meta(self):
-        """Nothing: it would hold the folder's own name, which may change."""
-
-
-class Index(pickle.Unpickler):
-    """Refuses whatever INDEX does not name."""
-
-    def find_class(self, module, name):
-        if name not in INDEX.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
-        return super().find_class(module, name)
-
-
-class Reader(dcp.FileSystemReader):
-    def read_metadata(self):
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            index = Index(file).load()
-        if any(Path(piece.relative_path).name != piece.relative_path for piece in index.storage_data.values()):
-            raise pickle.UnpicklingError("pieces outside of the folder")
-        return index
-
-
-def why(error):
-    """What is wrong with a folder, in a few words."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    first = (str(error).strip().splitlines() or ["cut short"])[0]
-    return "a piece holds more than weights" if "Weights only" in first else first[:120]
-
-
-def load_shards(path, parts):
-    """Every process reads its pieces into `parts`; optimizers get the memory that the folder tells of.
-
-    Unreadable for a damaged folder, KeyError or ValueError for what does not fit.
-    """
-    reader = Reader(path)
-    try:
-        saved = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # a broken pickle raises whatever it likes
-        raise Unreadable(f"{path}: not a readable checkpoint ({why(error)})") from None
-    models = tensors({kind: part for kind, part in parts.items() if isinstance(part, Module)})
-    if surplus := [name for name in saved if isinstance(parts[name.split(".")[0]], Module) and name not in models]:
-        raise ValueError(f"it holds {surplus[0]}, too")
-    parameters = dict(parts["model"].named_parameters())
-    for name, found in saved.items():
-        kind, rest = name.split(".", 1)
-        if not isinstance(parts[kind], Module):
-            parameter, key = rest.rsplit(".", 1)
-            p = parameters[parameter].detach()
-            fresh = torch.zeros_like(p) if found.size == p.shape else torch.zeros(found.size, device=p.device)
-            parts[kind].state[parameters[parameter]][key] = fresh
-    want = tensors(parts)
-    for name, x in want.items():
-        if saved[name].size != x.shape:
-            raise ValueError(f"{name} is {list(saved[name].size)}, not {list(x.shape)}")
-    try:
-        dcp.load(want, storage_reader=reader, no_dist=not dist.is_initialized())
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise Unreadable(f"{path}: not a readable checkpoint ({why(reason)})") from None
 
 
 def check_finite(model, step):

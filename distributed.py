@@ -1,4 +1,4 @@
-"""Several processes: torchrun's, DistributedDataParallel or FSDP2, and signals that end a run."""
+"""Several processes: torchrun's, DistributedDataParallel, and signals that end a run."""
 
 import math
 import os
@@ -10,9 +10,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import launched, pick_device
@@ -94,33 +91,18 @@ def parallel(model, device):
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def shard(model, blocks, device, dtype):
-    """FSDP2, in place: parameters, gradients and what optimizers remember lie in pieces, one a process (ZeRO stage 3,
-    Rajbhandari et al. 2020, arXiv 1910.02054); blocks are gathered when they are needed, in `dtype`.
-
-    The rest of the model is gathered in float32, so that under autocast the arithmetic is that of one process, but for
-    the blocks' vectors. Gradients are added up in float32.
-    """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    low = torch.bfloat16 if dtype == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also after an evaluation: saving and averaging follow
-
-
 def sharded(model):
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(hasattr(p, "to_local") for p in model.parameters())
 
 
 def local(tensor):
     """This process's piece of a sharded tensor, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor):
     """A sharded tensor in one piece, which every process has to ask for, or the tensor."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unsynchronised(model, wanted):

@@ -174,8 +174,10 @@ def train(args, device, rank, world, asked):
             block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if args.fsdp:
+        from sharding import shard
+
         for each in (model, ema) if ema else (model,):
-            distributed.shard(each, each.layers, device, dtype)
+            shard(each, each.layers, device, dtype)
     muon = [p for p in model.layers.parameters() if p.dim() == 2] if args.optimizer == "muon" else []
     optimizers = training.make_optimizers(model, args, muon)
     parts = dict(model=model, ema=ema, **optimizers)

@@ -93,9 +93,12 @@ def _probe_kernel(n):
     tl.device_assert(n == n)
 
 
-@torch.compiler.assume_constant_result
 def _obstacle(device_type: str, index: int | None) -> str:
     return _find_obstacle(device_type, index)
+
+
+# torch.compiler.assume_constant_result does this, after importing the compiler, which takes a second of every start
+_obstacle._dynamo_marked_constant = True
 
 
 @functools.cache

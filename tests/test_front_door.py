@@ -216,6 +216,14 @@ def test_help(script, monkeypatch):
                 assert f"{action.default}" in shown or "default" in shown, action.dest
 
 
+def test_scripts_start_without_the_compiler():
+    """torch.compile and sharded tensors take as long to load as the rest of PyTorch, and most commands need neither."""
+    late = "{'torch._dynamo', 'torch.distributed.tensor'}"
+    code = f"import sys, {', '.join(SCRIPTS)}\nprint(*{late} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
+
+
 def test_tables_of_the_presets(capsys):
     runpy.run_path(str(ROOT / "vq.py"), run_name="__main__")
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}

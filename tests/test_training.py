@@ -39,7 +39,7 @@ SERVER = multiprocessing.get_context("forkserver")  # has imported everything: e
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    SERVER.set_forkserver_preload(["test_training"])
+    SERVER.set_forkserver_preload(["test_training", "sharding", "torch._dynamo"])  # the last an optimizer imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 does not tell it
         multiprocessing.forkserver.ensure_running()
