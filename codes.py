@@ -5,7 +5,6 @@ raster order. labels.npy: int64 [images]. meta.json: what CODE_KEYS lists. Capti
 """
 
 import errno
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFile
+from common import file_sha256
 from data import check_batch, endless_positions
 from kernels import code_usage
 from vq import VQModel, usage_and_perplexity
@@ -24,12 +24,6 @@ CODE_KEYS = (
     "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
     "class_names", "data", "split", "notice", "text",
 )  # fmt: skip
-
-
-def file_sha256(path):
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _code_dtype(codebook_size):

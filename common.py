@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import hashlib
 import math
 import os
 import zipfile
@@ -103,6 +104,12 @@ def pick_dtype(name, device):
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_it else "float32"
     return name
+
+
+def file_sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_file(path, content):

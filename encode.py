@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokenizer
-from codes import CodeFile, CodeWriter, file_sha256
+from codes import CodeFile, CodeWriter
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
-from common import autocast, launched, make_folder
+from common import autocast, file_sha256, launched, make_folder
 from crops import as_size, center_crop, check_size, mirrored, ten_crop
 from data import (
     BAD_SHARE,

@@ -10,7 +10,6 @@ Generation is scored against the reference batch of the ADM evaluator, reconstru
 mixing the two is the usual reason why published figures are not met. Under torchrun the images are split.
 """
 
-import hashlib
 import json
 import math
 import tempfile
@@ -25,14 +24,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from codes import CodeFile, file_sha256, open_tokenizer
+from codes import CodeFile, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
 from common import launched, make_folder, read_file, save_grid, to_uint8
-from crops import as_size, check_size, open_image
-from data import DATA_HELP, EXTENSIONS, check_unusable, eval_batches, load_images
+from crops import as_size, check_size
+from data import DATA_HELP, check_unusable, eval_batches, load_images
 from distributed import barrier, everyone, processes, total
 from gpt import GPT
-from inception import POOL, SPATIAL, Inception, hub_file
+from inception import POOL, Images, Inception, features, open_rows
 from losses import LPIPS
 from metrics import frechet_distance, inception_score, precision_recall, psnr, reconstruct, ssim, statistics
 from vq import VQModel, usage_and_perplexity
@@ -42,70 +41,7 @@ SELF_CHECK = dict(fid=(1.684, 0.02), inception_score=(231.8, 1.5), sfid=(3.69, 0
                   recall=(0.671, 0.005))  # fmt: skip
 
 
-# Images and their features
-
-
-class Images:
-    """uint8 images of one size: arr_0 [N, H, W, 3] of an npz, or a folder of PNG and JPEG files in order of name.
-
-    Read batch by batch. Raises ValueError, in one sentence, for what is neither.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if self.path.is_dir():
-            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not self.files:
-                raise ValueError(f"{path} holds no images")
-            first = open_image(self.files[0])
-            self.n, self.shape = len(self.files), (first.height, first.width, 3)
-            return
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        self.files = None
-        with self._open() as file:
-            self._header(file)
-
-    @contextmanager
-    def _open(self):
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                yield file
-        except KeyError:
-            raise ValueError(f"{self.path} holds no arr_0, the images") from None
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{self.path} is not a readable npz ({error})") from None
-
-    def _header(self, file):
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 images [N, H, W, 3]")
-        self.n, self.shape = shape[0], tuple(shape[1:])
-
-    def batches(self, batch_size):
-        """(start, uint8 [b, 3, H, W]) of the batches that are this process's."""
-        rank, world = launched()
-        starts = range(0, self.n, batch_size)
-        if self.files:
-            for start in starts[rank::world]:
-                arrays = [np.asarray(open_image(p)) for p in self.files[start : start + batch_size]]
-                for path, array in zip(self.files[start:], arrays, strict=False):
-                    if array.shape != self.shape:
-                        raise ValueError(f"{path} is {array.shape[1]} x {array.shape[0]} pixels, "
-                                         f"{self.files[0].name} {self.shape[1]} x {self.shape[0]}")  # fmt: skip
-                yield start, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            return
-        with self._open() as file:
-            self._header(file)
-            for i, start in enumerate(starts):
-                count = min(batch_size, self.n - start)
-                content = file.read(count * math.prod(self.shape))
-                if len(content) < count * math.prod(self.shape):
-                    raise ValueError(f"{self.path}: arr_0 is cut short")
-                if i % world == rank:
-                    array = np.frombuffer(content, np.uint8).reshape(count, *self.shape)
-                    yield start, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+# Files of a command
 
 
 @contextmanager
@@ -118,49 +54,6 @@ def scratch(folder=None):
     with tempfile.TemporaryDirectory() if launched()[0] == 0 else nullcontext() as name:
         yield Path(everyone(name)[0])
         barrier()
-
-
-def open_rows(path, shape):
-    """A float32 array in a file, to which every process writes its rows."""
-    if launched()[0] == 0:
-        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-    barrier()
-    return np.lib.format.open_memmap(path, "r+")
-
-
-@torch.no_grad()
-def features(images, network, device, folder, batch_size=64):
-    """Pool and spatial features of Images -> float32 memory map [N, 2048 + 2023] in `folder`, kept for the next time.
-
-    Raises ValueError for fewer than two images, features that are not finite, and sets of one and the same image.
-    """
-    if images.n < 2:
-        raise ValueError(f"{images.path} holds {images.n} image: statistics need two or more")
-    stat = images.path.stat()
-    what = [str(images.path.resolve()), images.n, images.shape, stat.st_size, stat.st_mtime_ns, network.sha256]
-    path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
-    if not path.exists():
-        rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))
-        rank, world = launched()
-        with tqdm(total=images.n, desc=images.path.name, unit="image", disable=rank > 0) as bar:
-            for start, batch in images.batches(batch_size):
-                rows[start : start + len(batch)] = torch.cat(network(batch.to(device)), 1).float().cpu().numpy()
-                bar.update(len(batch) * world)
-        rows.flush()
-        barrier()
-        if rank == 0:
-            path.with_suffix(".tmp").rename(path)
-        barrier()
-    rows = np.load(path, mmap_mode="r")
-    low, high = np.full(POOL, np.inf, np.float32), np.full(POOL, -np.inf, np.float32)
-    for start in range(0, len(rows), 4096):
-        part = rows[start : start + 4096]
-        if not np.isfinite(part).all():
-            raise ValueError(f"{images.path}: features are not finite numbers")
-        low, high = np.minimum(low, part[:, :POOL].min(0)), np.maximum(high, part[:, :POOL].max(0))
-    if (high - low).max() < 1e-6:
-        raise ValueError(f"{images.path}: all {images.n} images have the same features (all black?)")
-    return rows
 
 
 def reference(path, network, device, folder):
@@ -182,13 +75,6 @@ def reference(path, network, device, folder):
 
 def stored_pair(stored, name):
     return (stored[name], stored[name.replace("mu", "sigma")]) if name in stored else None
-
-
-def load_inception(path, device):
-    path = Path(path) if path else hub_file()
-    network = Inception.from_pretrained(path).to(device)
-    network.path, network.sha256 = path, file_sha256(path)
-    return network
 
 
 def result_file(path):
@@ -216,7 +102,7 @@ def write_result(path, result, hide=()):
 def compare(samples, ref, args):
     """Samples against a reference: FID, sFID, IS, precision and recall of the ADM evaluator."""
     device = args.device
-    network = load_inception(args.inception, device)
+    network = Inception.from_pretrained(args.inception).to(device)
     with scratch(args.cache) as folder:
         rows = features(Images(samples), network, device, folder)
         pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)
@@ -271,10 +157,12 @@ def recon(args):
     missing = {}
     for name in ("rfid", "lpips"):  # each needs weights that are fetched once, and is left out where they are not
         try:
-            network, lpips = (load_inception(args.inception, device), lpips) if name == "rfid" else (network, LPIPS())
+            if name == "rfid":
+                network = Inception.from_pretrained(args.inception).to(device)
+            else:
+                lpips = LPIPS().to(device)
         except FileNotFoundError as error:
             missing[name] = f"not measured: {error}"
-    lpips = lpips and lpips.to(device)
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read

@@ -1,4 +1,5 @@
-"""The Inception network of 2015 whose features FID and its relatives compare, as a port of TensorFlow's graph.
+"""The Inception network of 2015 whose features FID and its relatives compare, as a port of TensorFlow's graph, and the
+features of sets of images.
 
 Module names are those of the published port's weights. It differs from torchvision's Inception v3 in its average pools,
 which leave the border out, in a maximum pool in the last block, and in 1,008 classes.
@@ -6,14 +7,23 @@ Sources: Szegedy et al. (arXiv 1512.00567); Heusel et al. (arXiv 1706.08500) for
 Nichol, arXiv 2105.05233) for the spatial features and for logits without bias.
 """
 
+import hashlib
+import math
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
-from common import load_weights, read_file
+from common import file_sha256, launched, load_weights, read_file
+from crops import open_image
+from data import EXTENSIONS
+from distributed import barrier
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
@@ -147,7 +157,7 @@ class Inception(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path=None):
-        """The published weights, from `path` or torch hub's cache, folded, in eval mode.
+        """The published weights, from `path` or torch hub's cache, folded, in eval mode, with `path` and `sha256`.
 
         Raises FileNotFoundError that tells where to have them, or ValueError naming every tensor that does not fit.
         """
@@ -163,6 +173,7 @@ class Inception(nn.Module):
             if name.endswith("num_batches_tracked"):  # in some of the files, and not read in eval mode
                 weights[name] = torch.zeros_like(buffer, device="cpu")
         load_weights(model, weights, path)
+        model.path, model.sha256 = path, file_sha256(path)
         return model.float().eval().requires_grad_(False).fold()
 
 
@@ -170,3 +181,112 @@ def hub_file():
     """The weights in torch hub's cache under either of their names; where there are none, where they belong."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0])
+
+
+# Sets of images
+
+
+class Images:
+    """uint8 images of one size: arr_0 [N, H, W, 3] of an npz, or a folder of PNG and JPEG files in order of name.
+
+    Read batch by batch. Raises ValueError, in one sentence, for what is neither.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not self.files:
+                raise ValueError(f"{path} holds no images")
+            first = open_image(self.files[0])
+            self.n, self.shape = len(self.files), (first.height, first.width, 3)
+            return
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        self.files = None
+        with self._open() as file:
+            self._header(file)
+
+    @contextmanager
+    def _open(self):
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                yield file
+        except KeyError:
+            raise ValueError(f"{self.path} holds no arr_0, the images") from None
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{self.path} is not a readable npz ({error})") from None
+
+    def _header(self, file):
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 images [N, H, W, 3]")
+        self.n, self.shape = shape[0], tuple(shape[1:])
+
+    def batches(self, batch_size):
+        """(start, uint8 [b, 3, H, W]) of the batches that are this process's."""
+        rank, world = launched()
+        starts = range(0, self.n, batch_size)
+        if self.files:
+            for start in starts[rank::world]:
+                arrays = [np.asarray(open_image(p)) for p in self.files[start : start + batch_size]]
+                for path, array in zip(self.files[start:], arrays, strict=False):
+                    if array.shape != self.shape:
+                        raise ValueError(f"{path} is {array.shape[1]} x {array.shape[0]} pixels, "
+                                         f"{self.files[0].name} {self.shape[1]} x {self.shape[0]}")  # fmt: skip
+                yield start, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            return
+        with self._open() as file:
+            self._header(file)
+            for i, start in enumerate(starts):
+                count = min(batch_size, self.n - start)
+                content = file.read(count * math.prod(self.shape))
+                if len(content) < count * math.prod(self.shape):
+                    raise ValueError(f"{self.path}: arr_0 is cut short")
+                if i % world == rank:
+                    array = np.frombuffer(content, np.uint8).reshape(count, *self.shape)
+                    yield start, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+
+
+def open_rows(path, shape):
+    """A float32 array in a file, to which every process writes its rows."""
+    if launched()[0] == 0:
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+    barrier()
+    return np.lib.format.open_memmap(path, "r+")
+
+
+@torch.no_grad()
+def features(images, network, device, folder, batch_size=64):
+    """Pool and spatial features of Images -> float32 memory map [N, 2048 + 2023] in `folder`, kept for the next time.
+
+    Raises ValueError for fewer than two images, features that are not finite, and sets of one and the same image.
+    """
+    if images.n < 2:
+        raise ValueError(f"{images.path} holds {images.n} image: statistics need two or more")
+    stat = images.path.stat()
+    what = [str(images.path.resolve()), images.n, images.shape, stat.st_size, stat.st_mtime_ns, network.sha256]
+    path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))
+        rank, world = launched()
+        with tqdm(total=images.n, desc=images.path.name, unit="image", disable=rank > 0) as bar:
+            for start, batch in images.batches(batch_size):
+                rows[start : start + len(batch)] = torch.cat(network(batch.to(device)), 1).float().cpu().numpy()
+                bar.update(len(batch) * world)
+        rows.flush()
+        barrier()
+        if rank == 0:
+            path.with_suffix(".tmp").rename(path)
+        barrier()
+    rows = np.load(path, mmap_mode="r")
+    low, high = np.full(POOL, np.inf, np.float32), np.full(POOL, -np.inf, np.float32)
+    for start in range(0, len(rows), 4096):
+        part = rows[start : start + 4096]
+        if not np.isfinite(part).all():
+            raise ValueError(f"{images.path}: features are not finite numbers")
+        low, high = np.minimum(low, part[:, :POOL].min(0)), np.maximum(high, part[:, :POOL].max(0))
+    if (high - low).max() < 1e-6:
+        raise ValueError(f"{images.path}: all {images.n} images have the same features (all black?)")
+    return rows

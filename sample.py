@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import kernels
 from captions import condition, open_reader
-from codes import file_sha256
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import (
     evaluating,
+    file_sha256,
     launched,
     make_folder,
     nearest,

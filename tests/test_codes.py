@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from codes import CodeFile, CodeWriter, file_sha256
+from codes import CodeFile, CodeWriter
+from common import file_sha256
 
 META = dict(tokenizer="vq.pt", tokenizer_sha256="ab" * 32, image_size=[32, 64], augmentations=["centre", "mirrored"],
             class_names=["a", "b", "c"], data="folder", split="train", notice="")

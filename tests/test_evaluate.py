@@ -16,13 +16,12 @@ from test_sample import files, small_gpt, small_vq  # noqa: F401 - a fixture
 
 import evaluate
 import losses
-from codes import CodeWriter, file_sha256
+from codes import CodeWriter
 from command_line import cli
-from common import save_file
+from common import file_sha256, save_file
 from data import load_images
 from distributed import processes
-from evaluate import Images, features
-from inception import BLOCKS, FILES, Inception, resize
+from inception import BLOCKS, FILES, Images, Inception, features, resize
 from metrics import frechet_distance, inception_score, precision_recall, psnr, ssim, statistics
 
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rows(network, pictures, tmp_path_factory):
-    model = evaluate.load_inception(network, CPU)
+    model = Inception.from_pretrained(network).to(CPU)
     return np.array(features(Images(pictures / "a.npz"), model, CPU, tmp_path_factory.mktemp("rows"), 10))
 
 
@@ -232,7 +231,7 @@ def test_psnr_and_ssim_against_scikit_image(shape):
 # Images
 
 def test_folders_and_npz_are_read_alike(pictures, rows, network, tmp_path):
-    model = evaluate.load_inception(network, CPU)
+    model = Inception.from_pretrained(network).to(CPU)
     images = Images(pictures / "a")
     again = features(images, model, CPU, tmp_path, 7)
     assert relative(again, rows) < 1e-6 and images.n == 12 and images.shape == (40, 40, 3)
@@ -323,7 +322,7 @@ def test_two_processes_fill_one_table(network, pictures, rows, tmp_path, kind):
     """12 images in batches of 5: one process has two of the batches, the other one."""
     def process():
         with processes("cpu", gradients=False) as (device, *_):
-            features(Images(pictures / kind), evaluate.load_inception(network, CPU), device, tmp_path, 5)
+            features(Images(pictures / kind), Inception.from_pretrained(network).to(CPU), device, tmp_path, 5)
 
     as_processes(2, process)
     (path,) = tmp_path.iterdir()

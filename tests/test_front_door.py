@@ -24,8 +24,8 @@ import sample
 import train_gpt
 import train_vq
 import training
-from codes import CodeWriter, file_sha256
-from common import save_file
+from codes import CodeWriter
+from common import file_sha256, save_file
 from gpt import GPT, GPTConfig
 from vq import VQConfig, VQModel
 

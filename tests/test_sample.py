@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 import sample
-from codes import file_sha256
 from command_line import cli
-from common import save_file
+from common import file_sha256, save_file
 from gpt import GPT, PRESETS, GPTConfig
 from sample import LOOPS, generate, paint, parse_classes, release, uniforms
 from vq import VQConfig, VQModel

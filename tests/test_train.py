@@ -25,8 +25,8 @@ import train_gpt
 import train_vq
 import training
 import vq
-from codes import CodeFile, CodeWriter, file_sha256
-from common import save_file
+from codes import CodeFile, CodeWriter
+from common import file_sha256, save_file
 from data import ImageSet
 from gpt import GPT
 from training import learning_rate
