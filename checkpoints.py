@@ -125,6 +125,8 @@ def load_state(out, args, parts, device):
 
 def fill(parts, path, args):
     """Read a checkpoint into `parts`; returns the rest of it."""
+    if path.is_dir():
+        from sharding import load_shards
     state = read_file(path / REST if path.is_dir() else path)
     try:
         other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
@@ -133,8 +135,6 @@ def fill(parts, path, args):
         if other:
             raise ValueError(", ".join(other))
         if path.is_dir():
-            from sharding import load_shards
-
             load_shards(path, parts)
         elif sharded(parts["model"]):
             raise ValueError("no --fsdp: go on without, or from the weights with --init")

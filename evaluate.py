@@ -41,7 +41,7 @@ SELF_CHECK = dict(fid=(1.684, 0.02), inception_score=(231.8, 1.5), sfid=(3.69, 0
                   recall=(0.671, 0.005))  # fmt: skip
 
 
-# Files of a command
+# References, and files of a command
 
 
 @contextmanager

@@ -261,6 +261,8 @@ def open_rows(path, shape):
 def features(images, network, device, folder, batch_size=64):
     """Pool and spatial features of Images -> float32 memory map [N, 2048 + 2023] in `folder`, kept for the next time.
 
+    network: as Inception.from_pretrained gives it.
+
     Raises ValueError for fewer than two images, features that are not finite, and sets of one and the same image.
     """
     if images.n < 2:

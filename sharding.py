@@ -1,4 +1,4 @@
-"""One model over several processes: FSDP2, and its checkpoints, folders in which each process writes its pieces.
+"""Sharded models: FSDP2, and their checkpoints, folders in which each process writes its pieces.
 
 Imported where it is used: what it needs of PyTorch takes a second to load.
 """

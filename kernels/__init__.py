@@ -97,7 +97,7 @@ def _obstacle(device_type: str, index: int | None) -> str:
     return _find_obstacle(device_type, index)
 
 
-# torch.compiler.assume_constant_result does this, after importing the compiler, which takes a second of every start
+# torch.compiler.assume_constant_result does this, after importing the compiler, which takes a second or two
 _obstacle._dynamo_marked_constant = True
 
 

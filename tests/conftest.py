@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)
+
 
 def triton_is_old():
     try:
-        version = importlib.metadata.version("triton")
+        return importlib.metadata.version("triton").startswith("3.6")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return tuple(map(int, version.split(".")[:2])) < (3, 7)
 
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    if triton_is_old() and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+def pytest_configure():
+    new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+    if new and os.environ.get("TRITON_INTERPRET") == "1" and triton_is_old():
         raise pytest.UsageError("the interpreter of Triton 3.6 needs NumPy below 2.4: pip install 'numpy<2.4'")
-
-torch.set_num_threads(1)

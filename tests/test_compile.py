@@ -2,7 +2,8 @@
 
 Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
 search and in attention, copies of 16 bytes of cached keys and values. `python tests/test_compile.py [sm_90 ...]` takes
-all of them, in some minutes, and prints the table; pytest takes HEAVY, and on sm_90 what figures were taken from.
+all of them, in minutes, prints the table, and fails where pytest would; that takes HEAVY, and on sm_90 what figures
+were taken from.
 """
 
 import collections
@@ -36,8 +37,8 @@ HIDDEN = (384, 2048)  # tiny, and B to 7B
 ODD_HIDDEN = (3, 48, 1031)
 TOKENS, CODES = 65536, 16384
 HEADS = ((64, 16), (100, 32), (128, 32))  # channels of a head, heads: L, 3B, 7B
-HEAVY = (  # names: of each family those that leave the least room
-    r"nearest_code l2 D=8", r"nearest_code euclid D=256", r"pack D=256",
+HEAVY = (  # names: every kernel, in the configurations that leave little room
+    r"nearest_code l2 D=(8|32)", r"nearest_code euclid D=64", r"nearest_code euclid D=256", r"pack D=256",
     r"rms_norm (fwd|bwd) W=8192 bfloat16 \+ float32, dropout", r"swiglu (fwd|bwd) H=2048 bfloat16",
     r"attention (fwd|dq|dkv) D=64( inside)?", r"attention (fwd|dq|dkv) D=100 padded",
     r"attention (fwd|dq|dkv) D=128 grouped", r"attention (fwd|dq|dkv) D=128 float32", r"rotate D=64",
@@ -257,7 +258,7 @@ def compile_case(target, index, counted):
     values = [torch.empty(64, dtype=getattr(torch, arg)) if isinstance(arg, str) else arg for arg in args]
     binary = kernel.warmup(*values, grid=(1,), **constants)
     row = dict(target=target, kernel=name, warps=constants["num_warps"], shared=binary.metadata.shared)
-    row |= dict(per_element=None, half_rate=None, tf32=0)
+    row |= dict(function=kernel.fn.__name__, per_element=None, half_rate=None, tf32=0)
     if target == "gfx942":
         asm = binary.asm["amdgcn"]
         keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
@@ -323,7 +324,10 @@ def test_compile(target):
     taken = list(figures()) if target == "sm_90" and triton_version() == (3, 7) else []
     only = [*HEAVY, *(pattern for pattern, *_ in taken)]
     rows = table([target], "|".join(only), [name for name, column, *_ in taken if column != "registers"])
-    assert all(any(re.fullmatch(pattern, row["kernel"]) for row in rows) for pattern in only)
+    missing = [pattern for pattern in only if not any(re.fullmatch(pattern, row["kernel"]) for row in rows)]
+    assert not missing, f"no kernel is called {missing}"
+    left = {case[1].fn.__name__ for case in cases(target)} - {row["function"] for row in rows}
+    assert not left, f"HEAVY names no launch of {left}"
     check(target, rows)
     for pattern, column, value, tolerance in taken:
         found = [row[column] for row in rows if re.fullmatch(pattern, row["kernel"])]
@@ -346,7 +350,7 @@ def check(target, rows):
     assert not bad, f"too much shared memory:\n{show(bad)}"
     products = [row for row in rows if row["kernel"].startswith(("nearest_code", "attention"))]
     bad = [row for row in products if not row["mma"] and not row["kernel"].endswith("float32")]
-    assert not bad, f"no tensor-core instructions:\n{show(bad)}"
+    assert products and not bad, f"no tensor-core instructions:\n{show(bad)}"
     exact = [row for row in rows if row["kernel"].startswith("attention") and row["kernel"].endswith("float32")]
     bad = [row for row in exact if row["tf32"]]  # gfx942 has none, and matrix cores for full float32
     assert exact and not bad, f"float32 rounded to TF32:\n{show(bad)}"
@@ -360,7 +364,13 @@ if __name__ == "__main__":
     if words[:1] == ["--json"]:
         print(json.dumps(compile_all(words[2:], *json.loads(words[1]))))
     else:
-        rows = table(words)
+        if unknown := set(words) - set(TARGETS):
+            sys.exit(f"no target {', '.join(unknown)}: there are {', '.join(TARGETS)}")
+        rows, failed = table(words), []
         print(show(rows))
         for target in words or TARGETS:
-            check(target, [row for row in rows if row["target"] == target])
+            try:
+                check(target, [row for row in rows if row["target"] == target])
+            except AssertionError as error:
+                failed.append(f"{target}: {error}")
+        sys.exit("\n".join(failed))
