@@ -373,4 +373,4 @@ if __name__ == "__main__":
                 check(target, [row for row in rows if row["target"] == target])
             except AssertionError as error:
                 failed.append(f"{target}: {error}")
-        sys.exit("\n".join(failed))
+        sys.exit("\n".join(failed) or 0)
