@@ -38,7 +38,8 @@ ODD_HIDDEN = (3, 48, 1031)
 TOKENS, CODES = 65536, 16384
 HEADS = ((64, 16), (100, 32), (128, 32))  # channels of a head, heads: L, 3B, 7B
 HEAVY = (  # names: every kernel, in the configurations that leave little room
-    r"nearest_code l2 D=(8|32)", r"nearest_code euclid D=64", r"nearest_code euclid D=256", r"pack D=256",
+    r"nearest_code l2 D=8", r"nearest_code l2 D=32", r"nearest_code euclid D=64",
+    r"nearest_code euclid D=256", r"pack D=256",
     r"rms_norm (fwd|bwd) W=8192 bfloat16 \+ float32, dropout", r"swiglu (fwd|bwd) H=2048 bfloat16",
     r"attention (fwd|dq|dkv) D=64( inside)?", r"attention (fwd|dq|dkv) D=100 padded",
     r"attention (fwd|dq|dkv) D=128 grouped", r"attention (fwd|dq|dkv) D=128 float32", r"rotate D=64",
