@@ -25,5 +25,31 @@ def triton_is_old():
 
 def pytest_configure():
     new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-    if new and os.environ.get("TRITON_INTERPRET") == "1" and triton_is_old():
-        raise pytest.UsageError("the interpreter of Triton 3.6 needs NumPy below 2.4: pip install 'numpy<2.4'")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if new and triton_is_old():
+            raise pytest.UsageError("the interpreter of Triton 3.6 needs NumPy below 2.4: pip install 'numpy<2.4'")
+        teach_bfloat16()
+
+
+def teach_bfloat16():
+    """Triton's interpreter cuts bfloat16 off where GPUs round to nearest, and multiplies its bits as integers."""
+    try:
+        from triton import language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:
+        return
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((np.asarray(x.data).astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def exact_cast(self, x, dtype):
+        if dtype.scalar != tl.bfloat16:
+            return cast(self, widen(x), dtype)
+        wide = torch.from_numpy(np.ascontiguousarray(x.data, dtype=np.float32)).view(np.shape(x.data))
+        return TensorHandle(wide.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = exact_cast
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)

@@ -3,7 +3,8 @@ and the lines of each file.
 
     python tests/tables.py [--check]    # writes them between their markers; --check: only says whether they are there
 
-The GPU is an H100, for which the predictions are; what was not measured on one reads so.
+The GPU is an H100, for which the predictions are, or if none was measured, the last one that was; what was not measured
+on it reads so.
 """
 
 import argparse
@@ -27,16 +28,23 @@ from gpt import GPT, PRESETS, GPTConfig  # noqa: E402
 GPU, TOP, NOTHING = "H100", Ceilings(), "not measured"
 
 
+def measured_gpu():
+    """Folder of the GPU whose figures are shown, or None."""
+    last = {}  # folder -> date of its newest row
+    for path in ROOT.glob("benchmarks/*/*.csv"):
+        if path.parent.name != "dry-run" and not path.parent.name.endswith("_quick"):
+            last[path.parent] = max([last.get(path.parent, ""), *(row["date"] for row in read_csv(path))])
+    return max(last, key=lambda folder: (GPU in folder.name, last[folder]), default=None)
+
+
 def measured(name, **key):
-    """The row of a table with these values, or {}; the latest folder of such a GPU counts."""
-    found = {}
-    for path in sorted(ROOT.glob(f"benchmarks/*{GPU}*/{name}.csv")):
-        if path.parent.name.endswith("_quick"):
-            continue
-        for row in read_csv(path):
-            if all(row[k] == str(v) for k, v in key.items()) and row["date"] > found.get("date", ""):
-                found = row
-    return found
+    """The row of a table with these values, or {}."""
+    rows = read_csv(measured_gpu() / f"{name}.csv") if measured_gpu() else []
+    return next((row for row in rows if all(row[k] == str(v) for k, v in key.items())), {})
+
+
+def measured_on():
+    return f"measured on one {measured_gpu().name.replace('_', ' ')}" if measured_gpu() else "measured"
 
 
 def number(row, name, form, factor=1.0):
@@ -98,7 +106,7 @@ def kernels_table():
         found = [measured("kernels", op=op, shape=shape, direction=direction) for op, shape, direction in keys]
         used = " / ".join(map(str, registers.values()))
         rows.append((text, floor, used, predicted, target, of_kernel(found, unit, cases)))
-    head = ("kernel", "bound by", "registers on sm_90", "predicted on an H100", "target", "measured")
+    head = ("kernel", "bound by", "registers on sm_90", "predicted on an H100", "target", measured_on())
     return markdown(head, rows)
 
 
@@ -116,9 +124,9 @@ def sampling_table():
             f"{128 / most:.0f}", f"{128 * bench_sample.TARGET_SHARE / most:.0f}", number(many, "images_per_s", ".3g"),
         ))  # fmt: skip
     vs = {name: f"at least {value}" for name, value in bench_sample.TARGET_VS.items()}
-    names = ("seconds", "floor", "predicted", "target", "measured",
+    names = ("seconds", "floor", "predicted", "target", measured_on(),
              f"times as long: LlamaGen's method ({vs['full cache']})", f"the same compiled ({vs['compiled']})",
-             "256 rows, images/s: floor", "target", "measured")  # fmt: skip
+             "256 rows, images/s: floor", "target", measured_on())  # fmt: skip
     head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 
@@ -144,7 +152,7 @@ def training_table():
                 f"{target:.0%} MFU, {ratio}x torch.compile" if target else "-", of("both"), of("compile"), of("eager"),
                 number(found, "both_gib", ".1f"),
             ))  # fmt: skip
-    names = ("tokens/s (MFU) of GPT", "predicted", "target", "measured: kernels and torch.compile",
+    names = ("tokens/s (MFU) of GPT", "predicted", "target", f"{measured_on()}: kernels and torch.compile",
              "torch.compile alone", "eager PyTorch", "GiB at the peak")  # fmt: skip
     head, *rows = ([name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True))
     return markdown(head, rows)

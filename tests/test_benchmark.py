@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import subprocess
 import time
 from types import SimpleNamespace
@@ -21,11 +22,12 @@ def test_the_readme_shows_what_was_measured_and_predicted():
 
 
 def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
-    """The latest row counts; of another GPU, or of a quick run, none."""
+    """Of several GPUs the H100 measured last counts, or if there is none, the last; of a quick or dry run no row."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     for gpu, ms, date in (
         ("NVIDIA_H100_80GB_HBM3", 0.75, "2026-01-02"), ("NVIDIA_H100_NVL", 0.85, "2026-01-01"),
         ("NVIDIA_H100_NVL_quick", 0.1, "2026-01-03"), ("NVIDIA_A100", 0.2, "2026-01-03"),
+        ("NVIDIA_H200", 0.6, "2026-01-04"), ("dry-run", 9, "2026-01-05"),
     ):  # fmt: skip
         folder = tmp_path / "benchmarks" / gpu
         folder.mkdir(parents=True)
@@ -33,8 +35,12 @@ def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
             "op,shape,direction,ours_ms,share_of_floor,vs_eager,vs_compile,date\n"
             f"nearest_code,262144x16384 D=8,fwd,{ms},0.458,60.1,15.3,{date}\n"
         )
-    first = tables.kernels_table().splitlines()[2]
-    assert first.endswith("| 0.9 ms | 0.75 ms, 46 % of the floor, 60x eager, 15x compile |")
+    for gone, gpu, ms in (([], "H100 80GB HBM3", 0.75), (["H100_80GB_HBM3", "H100_NVL"], "H200", 0.60)):
+        for name in gone:
+            shutil.rmtree(tmp_path / f"benchmarks/NVIDIA_{name}")
+        head, _, first, *_ = tables.kernels_table().splitlines()
+        assert head.endswith(f"| target | measured on one NVIDIA {gpu} |")
+        assert first.endswith(f"| 0.9 ms | {ms:.2f} ms, 46 % of the floor, 60x eager, 15x compile |")
 
 
 def run(args, plan):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import kernels
 from common import save_file
 from gpt import GPT, PRESETS, GPTConfig, apply_rope, infer_config, rope_table
 from sample import generate
@@ -35,9 +36,9 @@ def small(**changes):
     return randomize(GPT(GPTConfig(**SMALL | changes))).eval()
 
 
-def case(name):
+def case(name, **changes):
     """Model, tokens [3, h*w], condition, mask of a CASE."""
-    settings = dict(CASES[name])
+    settings = CASES[name] | changes
     padding = settings.pop("padding", None)
     model = small(**settings)
     c = model.config
@@ -193,6 +194,34 @@ def test_logits_depend_on_the_past_only_and_not_on_the_mode(name):
     loss = model(tokens[:, :-1], cond, mask, targets=tokens)[1]
     direct = -full.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).mean()
     torch.testing.assert_close(loss.double(), direct, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def kernels_mode():
+    """`kernels.use`, whose Triton kernels run under the interpreter here."""
+    pytest.importorskip("triton")
+    if not kernels.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1: on a GPU tests/bench_train.py checks this")
+    yield kernels.use
+    kernels.use("auto")
+
+
+@pytest.mark.parametrize("name, sizes", [("zero", dict(dim=64)), ("padding", dict(dim=64)), ("head dim 100", {})])
+def test_training_by_kernels(name, sizes, kernels_mode):
+    """Loss and gradients under bfloat16 autocast, as a GPU computes them, are as near to float32 as PyTorch's."""
+    model, tokens, cond, mask = case(name, **sizes)
+
+    def run(mode, low):
+        kernels_mode(mode)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model(tokens[:, :-1], cond, mask, targets=tokens)[1]
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def error(found):
+        return torch.stack([(a - b).norm() / b.norm().clamp(min=1e-6) for a, b in zip(found, exact, strict=True)])
+
+    exact, theirs, ours = run("torch", False), run("torch", True), run("triton", True)
+    assert error(theirs).max() < 0.1 and (error(ours) <= 2 * error(theirs) + 1e-3).all()
 
 
 @pytest.mark.parametrize("tokens", [torch.zeros(2, 12, dtype=torch.long), torch.zeros(11, dtype=torch.long)],

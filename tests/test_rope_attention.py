@@ -1,4 +1,4 @@
-"""RoPE attention against float64, on a GPU, or on the CPU under Triton's interpreter (which cannot do bfloat16)."""
+"""RoPE attention against float64, on a GPU, or on the CPU under Triton's interpreter."""
 
 import importlib
 
