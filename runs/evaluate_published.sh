@@ -11,7 +11,7 @@
 # they check the reference first), REF the reference batch; GPUS how many there are; PYTHON the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 what=${1:-vq16}
 ref=${REF:-VIRTUAL_imagenet256_labeled.npz}
 out=out/published_$what

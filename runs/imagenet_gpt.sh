@@ -12,7 +12,7 @@
 # many there are; PYTHON the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 model=${1:-B}
 pixels=${2:-256}
 vq=${VQ:-vq_ds16_c2i.pt}

@@ -6,7 +6,7 @@
 # IMAGENET names a folder with train/ and val/; GPUS how many there are; PYTHON the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 imagenet=${IMAGENET:-imagenet}
 preset=${1:-vq16}
 out=out/imagenet_$preset

@@ -8,7 +8,7 @@
 # interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 vq=${VQ:-vq_ds16_t2i.pt}
 t5=${T5:-flan-t5-xl}
 pairs=("${1:-stage1.jsonl}" "${2:-stage2.jsonl}")
