@@ -15,21 +15,21 @@ VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 _torchvision_operators = None  # torch.library.Library, which unregisters its operators when it is collected
 
 
-def _import_lpips():
-    """The lpips package, also beside a torch build that torchvision's compiled extension does not fit.
+def import_torchvision(package="torchvision"):
+    """torchvision, or a package that imports it, also beside a torch build that its compiled extension does not fit.
 
-    torchvision then fails on describing two operators that lpips never calls; declaring them lets the import pass.
+    It then fails on describing two operators that nothing here calls; declaring them lets the import pass.
     """
     global _torchvision_operators
     try:
-        return importlib.import_module("lpips")
+        return importlib.import_module(package)
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _torchvision_operators is not None:
             raise
     _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         _torchvision_operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("lpips")
+    return importlib.import_module(package)
 
 
 class LPIPS(nn.Module):
@@ -39,7 +39,7 @@ class LPIPS(nn.Module):
     """
     def __init__(self, net="vgg", random_weights=False):
         super().__init__()
-        lpips = _import_lpips()
+        lpips = import_torchvision("lpips")
         try:
             with warnings.catch_warnings():  # lpips calls torchvision the old way
                 warnings.simplefilter("ignore", UserWarning)

@@ -1,7 +1,7 @@
 """Paint with a trained GPT: guided sampling of codes, the tokenizer's decoder, a grid, PNGs or an npz.
 
     python sample.py --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --cfg-scale 2 --top-k 50 --out samples.png
-    python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes 207,360,387 --n 12 --cfg-scale 4
+    python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes otter,207 --n 12 --cfg-scale 4
     python sample.py --vq vq_ds16_t2i.pt --gpt t2i_XL_stage1_256.pt --t5 flan-t5-xl --grid 16x16 --cfg-scale 7.5 \\
         --text "a red fox in the snow"
     torchrun --standalone --nproc_per_node=8 -- sample.py --vq vq_ds16_c2i.pt --gpt c2i_L_384.pt --grid 24x24 \\
@@ -43,6 +43,7 @@ from common import (
 )
 from distributed import barrier, processes, total
 from gpt import GPT
+from losses import import_torchvision
 from t5 import clean_caption
 from vq import VQModel
 
@@ -310,6 +311,14 @@ def save_npz(path, n, parts, labels):
 # The command
 
 
+def imagenet_names():
+    """ImageNet's 1,000 classes as torchvision names them, [] without it: LlamaGen's files hold no names."""
+    try:
+        return import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    except (ImportError, RuntimeError):
+        return []
+
+
 def parse_classes(text, class_names, num_classes):
     """"3,7,tabby" -> labels; ValueError for one that is neither a number in range nor a name."""
     labels = []
@@ -401,6 +410,7 @@ def open_condition(args, gpt, codes, device):
         if prompts or args.t5:
             raise ValueError(f"{args.gpt} paints classes: leave --text, --text-file and --t5 out")
         classes = list(range(gpt.config.num_classes))
+        names = imagenet_names() if not codes and len(classes) == 1000 else names
         if args.classes:
             classes = parse_classes(args.classes, names, gpt.config.num_classes)
         labels = torch.tensor(classes)

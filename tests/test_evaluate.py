@@ -98,7 +98,7 @@ def test_resize(h, w, size):
 
 
 def test_features_equal_torch_fidelity(network, pictures, rows):
-    losses._import_lpips()  # it makes torchvision, which both packages ask for, load beside a CPU's torch
+    losses.import_torchvision()  # which both packages ask for
     pytest.importorskip("torch_fidelity", reason="the reference network needs the package torch-fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

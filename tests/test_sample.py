@@ -311,6 +311,21 @@ def test_command_reads_published_files(files, monkeypatch):
     assert Image.open(files / "a.png").size == (3 * 52 + 4, 116 + 4)
 
 
+def test_published_classes_have_names(files, monkeypatch):
+    """Those of ImageNet, where a file of 1,000 classes holds none."""
+    gpt = small_gpt(n_head=4, n_kv_head=4, dim=128, cond_rope="zero", num_classes=1000)
+    torch.save(gpt.state_dict(), files / "c2i_B.pt")
+    written, published = [], ("--vq", files / "vq_ds2_c2i.pt", "--gpt", files / "c2i_B.pt", "--grid", "2x4")
+    monkeypatch.setattr(sample, "save_grid", lambda path, images, columns, labels, **_: written.append(labels))
+    run(monkeypatch, *published, "--classes", "golden retriever, 974")
+    assert written == [["golden retriever", "geyser"]]
+    with pytest.raises(ValueError, match="did you mean macaw"):
+        run(monkeypatch, *published, "--classes", "maccaw")
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # not installed
+    run(monkeypatch, *published, "--classes", "974")
+    assert written[1:] == [[974]]
+
+
 def long_run(files, monkeypatch, name, *more):
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--batch-size", 2, "--top-k", 9,
         "--npz", files / f"{name}.npz", "--folder", files / name, "--out", files / f"{name}.png", *more)  # fmt: skip
