@@ -113,6 +113,8 @@ def compare(samples, ref, args):
             return result
         pool = torch.from_numpy(np.ascontiguousarray(rows[:, :POOL])).to(device)
         probs = torch.cat([network.probabilities(part).cpu() for part in pool.split(4096)])
+        if Path(samples).is_dir():  # in order of name, perhaps class after class: each split is to hold all classes
+            probs = probs[torch.randperm(len(probs), generator=torch.Generator().manual_seed(0))]
         result["fid"] = frechet_distance(*statistics(rows[:, :POOL]), *pool_stats)
         result["sfid"] = spatial_stats and frechet_distance(*statistics(rows[:, POOL:]), *spatial_stats)
         result["inception_score"] = inception_score(probs)

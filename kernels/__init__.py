@@ -1,8 +1,8 @@
 """Kernels of the two models behind one switch: Triton on a GPU, plain PyTorch everywhere else.
 
-Every operation has one file with its PyTorch reference beside its Triton kernels; cross-entropy and the packed products
-of CPUs are PyTorch alone. Which of the two runs is decided per
-call by `use_triton`: by the mode (`use`, or the environment variable NANOLLAMAGEN_KERNELS), the device and the dtype.
+Every operation has one file with its PyTorch reference beside its Triton kernels; packed products, for CPUs, are PyTorch
+alone. Which of the two runs is decided per call by `use_triton`: by the mode (`use`, or the environment variable
+NANOLLAMAGEN_KERNELS), the device and the dtype.
 """
 
 import contextlib

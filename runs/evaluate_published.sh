@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LlamaGen's files against its tables: bash runs/evaluate_published.sh [vq16|vq8|B_256|B_384|L_256|L_384|XL_384|XXL_384|3B_384]
-# Files that are not there are fetched from the Hugging Face hub. Tokenizers: reconstruction of the 50,000 validation
+# Files that are not there are fetched (pip install huggingface_hub). Tokenizers: reconstruction of the 50,000 validation
 # images. GPTs: 50,000 samples at 256 pixels against the reference batch of the ADM evaluator, after a self-check of it.
 # Not run here. LlamaGen reports
 #   rFID, PSNR, SSIM as it computes it: vq16 2.19, 20.79 dB, 0.675; vq8 0.59, 24.45 dB, 0.813

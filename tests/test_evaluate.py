@@ -280,6 +280,18 @@ def test_gen(monkeypatch, network, pictures, rows, tmp_path, capsys):
     assert alone["inception_score"] == pytest.approx(inception_score(probs.detach()), rel=1e-6)
 
 
+def test_scores_of_a_folder_are_of_all_its_classes(monkeypatch, network, pictures, rows, tmp_path):
+    """Splits are of neighbours: an npz keeps its order, a folder's names may say one class after another."""
+    seen = []
+    monkeypatch.setattr(evaluate, "features", lambda *_: rows)
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 0.0)
+    monkeypatch.setattr(evaluate, "inception_score", lambda probs: seen.append(probs) or 1.0)
+    for kind in ("a.npz", "a", "a"):
+        gen(monkeypatch, network, pictures / kind, pictures / "a.npz", tmp_path / "a.json")
+    in_order, *shuffled = (probs[:, 0].tolist() for probs in seen)
+    assert shuffled[0] == shuffled[1] != in_order and sorted(shuffled[0]) == sorted(in_order)
+
+
 def test_self_check(monkeypatch, tmp_path, capsys):
     published = {name: value for name, (value, _) in evaluate.SELF_CHECK.items()}
     command = ["evaluate.py", "self-check", "--val", "v", "--ref", "r", "--out", str(tmp_path / "s.json")]
