@@ -1,6 +1,6 @@
 """Kernels of the two models behind one switch: Triton on a GPU, plain PyTorch everywhere else.
 
-Every operation has one file with its PyTorch reference beside its Triton kernels; packed products, for CPUs, are PyTorch
+Every operation has one file with its PyTorch reference beside its Triton kernels; packed products are PyTorch
 alone. Which of the two runs is decided per call by `use_triton`: by the mode (`use`, or the environment variable
 NANOLLAMAGEN_KERNELS), the device and the dtype.
 """
