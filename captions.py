@@ -18,7 +18,7 @@ import torch
 
 from common import whole_characters
 from gpt import END, PAD
-from t5 import T5Encoder, clean_caption
+from t5 import T5Encoder, clean_caption, open_sentencepiece
 
 
 def train_tokenizer(captions, vocab_size, kind):
@@ -47,12 +47,7 @@ class CaptionTokens:
 
     def __init__(self, model, length, source="the tokenizer"):
         self.model, self.length, self.source = bytes(model), length, source
-        try:
-            self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{source}: not a sentencepiece model ({str(error).strip()[:120]})") from None
-        if (ends := (self.tokenizer.pad_id(), self.tokenizer.eos_id())) != (PAD, END):
-            raise ValueError(f"{source}: padding and end have to be tokens {PAD} and {END}, not {ends}")
+        self.tokenizer = open_sentencepiece(source, model_proto=self.model)
         self.size = len(self.tokenizer)
 
     def about(self):

@@ -36,7 +36,7 @@ class CodeWriter:
     Use as a context manager; the files take their names when it closes without an error, also after fewer than
     n_images. meta gives what CODE_KEYS lists and the arguments do not say; "text" (captions) may be left out.
     """
-    def __init__(self, folder, n_images, n_aug, grid, codebook_size, meta):
+    def __init__(self, folder, n_images, grid, codebook_size, meta):
         self.folder, self.codebook_size, self.written = Path(folder), int(codebook_size), 0
         self.meta = dict(text=None) | meta
         self.meta |= dict(version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
@@ -44,17 +44,15 @@ class CodeWriter:
         missing = [key for key in CODE_KEYS if key not in self.meta]
         if missing:
             raise ValueError(f"the description of the codes lacks {', '.join(missing)}")
-        if len(self.meta["augmentations"]) != n_aug:
-            raise ValueError(f"{len(self.meta['augmentations'])} augmentations are named, {n_aug} are announced")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.labels = np.zeros(n_images, dtype=np.int64)
-        self.codes = self._open("codes", n_images, n_aug)
+        self.codes = self._open("codes", n_images)
 
     def _temporary(self, name):
         return self.folder / f".{name}.partial"
 
-    def _open(self, name, n_images, n_aug):
-        shape = (n_images, n_aug, int(np.prod(self.meta["grid"])))
+    def _open(self, name, n_images):
+        shape = (n_images, len(self.meta["augmentations"]), int(np.prod(self.meta["grid"])))
         dtype, path = _code_dtype(self.codebook_size), self._temporary(name)
         codes = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         try:
@@ -95,7 +93,7 @@ class CodeWriter:
             raise ValueError(f"no codes were written to {self.folder}")
         name = "codes"
         if self.written < len(self.codes):
-            name, codes = "fewer", self._open("fewer", self.written, self.codes.shape[1])
+            name, codes = "fewer", self._open("fewer", self.written)
             codes[:] = self.codes[:self.written]
             self.codes = codes
         self.codes.flush()
@@ -198,6 +196,10 @@ class CodeFile:
             return self.captions.condition(indices, draws)
         return (torch.from_numpy(self.labels[indices]),)
 
+    def tokens(self, indices, views=0):
+        """Codes int64 [B, h*w] of images [B]: of their first crops, or of crop views[i]."""
+        return torch.from_numpy(self.codes[indices, views].astype(np.int64))
+
     def names(self, indices):
         """What to write under images [B]: their first captions or their classes."""
         if self.captions:
@@ -219,8 +221,8 @@ class CodeFile:
         epochs, indices = endless_positions(len(self), step, batch_size, seed, rank, world)
         draws = [np.random.default_rng((seed, int(e), int(i))) for e, i in zip(epochs, indices, strict=True)]
         views = [draw.integers(self.codes.shape[1]) for draw in draws]
-        codes = torch.from_numpy(self.codes[indices, views].astype(np.int64))  # [B/world, h*w]
-        batch = codes, *self.condition(indices, np.array([draw.integers(1 << 30) for draw in draws]))
+        captions = np.array([draw.integers(1 << 30) for draw in draws])
+        batch = self.tokens(indices, views), *self.condition(indices, captions)
         return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
 
 

@@ -94,7 +94,7 @@ def launched():
 
 
 def autocast(device, dtype):
-    """The autocast context of a training step: bfloat16, or nothing for float32."""
+    """Autocast to bfloat16, or nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 

@@ -172,7 +172,7 @@ class Rejects:
     def check(self, total):
         """ValueError if more than the share of `total` was left out, or everything."""
         if not total:
-            raise ValueError(f"{self.source}: it has no line, so no captioned images")
+            raise ValueError(f"{self.source}: no captioned images")
         if self.n:
             log.log(logging.WARNING if self.n > 10 else logging.INFO, "left out: %d in all of %d", self.n, total)
         check_unusable(self.n, total, self.share, self.source, f"the first is {self.first}")
@@ -201,7 +201,7 @@ def read_jsonl(path, bad_share):
                 continue
             total += 1
             try:
-                entry = json.loads(line.decode("utf-8"))
+                entry = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
                 if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "text" not in entry:
                     raise ValueError('not {"image": "...", "text": "..."}')
                 texts, image = clean_texts(entry["text"]), path.parent / entry["image"]
@@ -341,32 +341,26 @@ class _Endless:
             step += 1
 
 
-def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, train=True, rank=0, world=1):
+def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless (images [B/world, 3, H, W], labels int64 [B/world]); batch s depends on (seed, s) alone, so it resumes.
 
-    batch_size B is over all ranks; every batch is full, running on into the next epoch. train: random crops, and flips
-    where the set allows them; otherwise centre crops. Raises ValueError when more than its bad_share is unreadable, or
-    all.
+    batch_size B is over all ranks; every batch is full, running on into the next epoch. Random crops, and flips where
+    the set allows them. Raises ValueError when more than its bad_share is unreadable, or all.
     """
     n = len(image_set)
     check_batch(n, batch_size, world)
-    views = Views(image_set, size, None if train else center_crop, seed, retries=int(image_set.bad_share * n))
+    views = Views(image_set, size, seed=seed, retries=int(image_set.bad_share * n))
     batches = _batches(image_set, views, _Endless(n, batch_size, seed, rank, world, start_step=start_step), workers)
     return ((images, labels) for images, labels, _ in batches)
 
 
-def eval_batches(image_set, size, batch_size, crop=center_crop, limit=None, workers=0, seed=0, indices=None):
+def eval_batches(image_set, size, batch_size, crop=center_crop, workers=0, seed=0, indices=None):
     """One pass in order, (images [b, 3, H, W] or [b, A, 3, H, W], labels, indices); unreadable images are left out.
 
-    crop(img, size) returns one image or a list of A; crop=A (int) takes A random crops, drawn from `seed`. limit takes
-    that many pictures, evenly spaced over the set; indices names the pictures to take. Raises ValueError like
-    image_batches.
+    crop(img, size) returns one image or a list of A; crop=A (int) takes A random crops, drawn from `seed`; indices:
+    the pictures to take (default: all). Raises ValueError like image_batches.
     """
-    if indices is None:
-        n = len(image_set)
-        limit = n if limit is None else min(limit, n)
-        indices = [i * n // limit for i in range(limit)]
-    keys = [(0, i) for i in indices]
+    keys = [(0, i) for i in (range(len(image_set)) if indices is None else indices)]
     order = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     return _batches(image_set, Views(image_set, size, crop, seed), order, workers)
 

@@ -52,7 +52,7 @@ def classifier():
     return SVC(C=10.0, gamma="scale").fit(grey(to_uint8(as_pixels(train_set))), train_set.labels)
 
 
-def nearest(a, b):
+def nearest_distance(a, b):
     """For each row of a [N, F] the root-mean-square distance to the nearest row of b [M, F]."""
     return torch.cdist(torch.from_numpy(a), torch.from_numpy(b)).min(1).values.numpy() / a.shape[1] ** 0.5
 
@@ -63,7 +63,7 @@ def copying(samples, train, held_out, sample_codes, train_codes, held_out_codes)
     same = {}
     for name, rows in (("sample", sample_codes), ("held_out", held_out_codes)):
         same[name] = float(np.mean([row.tobytes() in stored for row in rows]))
-    to_train, real_to_train = nearest(samples, train), nearest(held_out, train)
+    to_train, real_to_train = nearest_distance(samples, train), nearest_distance(held_out, train)
     return {
         "sample_to_train": float(np.median(to_train)),
         "held_out_to_train": float(np.median(real_to_train)),
@@ -100,13 +100,13 @@ def digits(args):
     judge = classifier()
     labels = np.arange(args.n) % 10
 
-    def score(seed, settings):
+    def paint_and_read(seed, settings):
         images, painted = paint(vq, gpt, torch.from_numpy(labels).to(device), batch_size=500, seed=seed, **settings)
         return float((judge.predict(grey(images)) == labels).mean()), images, painted
 
-    tried = {json.dumps(s): score(args.choose_seed, s)[0] for s in CANDIDATES}
+    tried = {json.dumps(s): paint_and_read(args.choose_seed, s)[0] for s in CANDIDATES}
     chosen = json.loads(max(tried, key=tried.get))
-    accuracy, images, painted = score(args.seed, chosen)
+    accuracy, images, painted = paint_and_read(args.seed, chosen)
     save_grid(args.out / "samples.png", images[:100], 10, [f"{i}" for i in labels[:100]], scale=2)
 
     report = dict(
@@ -152,13 +152,13 @@ def read_pictures(images, judge):
     the classifier reads in that ink.
     """
     colours, grounds = (np.array(list(c.values()), np.float32) for c in (COLOURS, GROUNDS))
-    halves = images.reshape(-1, 32, 2, 32, 3).transpose(2, 0, 1, 3, 4).astype(np.float32)  # 2, N, 32, 32, 3
-    margin = halves[..., [0, 1, 30, 31], :].transpose(1, 0, 2, 3, 4).reshape(len(images), -1, 3)
+    sides = images.reshape(-1, 32, 2, 32, 3).transpose(2, 0, 1, 3, 4).astype(np.float32)  # 2, N, 32, 32, 3
+    margin = sides[..., [0, 1, 30, 31], :].transpose(1, 0, 2, 3, 4).reshape(len(images), -1, 3)
     truth = np.zeros((len(images), 5), np.int64)
     truth[:, 4] = np.square(np.median(margin, 1)[:, None] - grounds).sum(-1).argmin(1)
     ink = np.zeros((len(images), 2, 64), np.float32)
     ground = grounds[truth[:, 4], None, None]  # N, 1, 1, 3
-    for side, x in enumerate(halves):
+    for side, x in enumerate(sides):
         inks, errors = [], []
         for colour in colours:
             way = colour - ground
@@ -227,7 +227,7 @@ def text(args):
     report["copying"] = copying(seen["painted"][0], train, seen["real", "seen"], seen["painted"][1],
                                 halves(codes.codes[:]), halves(val_codes.codes[:]))  # fmt: skip
     # What copies would score: training digits that went through the tokenizer.
-    report["copying"]["copies_to_train"] = float(np.median(nearest(seen["reconstructed", "train"], train)))
+    report["copying"]["copies_to_train"] = float(np.median(nearest_distance(seen["reconstructed", "train"], train)))
     save_grid(args.out / "samples.png", np.concatenate(shown), 6, captions, scale=3)
     report.update(cfg_scale=args.cfg_scale, **stages(args, start))
     (args.out / "report.json").write_text(json.dumps(report, indent=1))

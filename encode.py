@@ -19,6 +19,7 @@ import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,7 +99,12 @@ def choose_crops(args, flip):
         return (mirrored if flip else center_crop), names
     each = CORNERS + ([f"{c}, mirrored" for c in CORNERS] if flip else [])
     names = [f"{c} of {scale}" for scale in args.crop_scales for c in each]
-    return (lambda img, size: [c for s in args.crop_scales for c in ten_crop(img, size, s)[: len(each)]]), names
+    return partial(ten_crops, scales=args.crop_scales, n=len(each)), names
+
+
+def ten_crops(img, size, scales, n):
+    """The first n of ten_crop at each of `scales`. (No lambda: processes that are spawned get it pickled.)"""
+    return [crop for scale in scales for crop in ten_crop(img, size, scale)[:n]]
 
 
 def caption_reader(args, device):
@@ -189,7 +195,7 @@ def encode_images(vq, image_set, indices, crop, folder, meta, args, device, read
     size, n_aug = tuple(meta["image_size"]), len(meta["augmentations"])
     grid = [side // vq.config.factor for side in size]
     texts = CaptionWriter(folder, reader) if reader else nullcontext()
-    with CodeWriter(folder, len(indices), n_aug, grid, vq.config.codebook_size, meta) as writer, texts:
+    with CodeWriter(folder, len(indices), grid, vq.config.codebook_size, meta) as writer, texts:
         for images, labels, kept in eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers,
                                                  seed=args.seed, indices=indices):  # fmt: skip
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
@@ -249,7 +255,7 @@ def join(folder, parts, image_set, reader):
     check_lost(len(image_set) - n, image_set)
     meta = {key: value for key, value in metas[0].items() if key != "part"}
     texts = CaptionWriter(folder, reader) if reader else nullcontext()
-    with CodeWriter(folder, n, len(meta["augmentations"]), meta["grid"], meta["codebook_size"], meta) as writer, texts:
+    with CodeWriter(folder, n, meta["grid"], meta["codebook_size"], meta) as writer, texts:
         for part, of_part in zip(tqdm(parts, desc=f"{folder}", unit="part"), metas, strict=True):
             if of_part["images"]:
                 file = CodeFile(part)

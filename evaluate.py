@@ -34,6 +34,7 @@ from gpt import GPT
 from inception import POOL, Images, Inception, features, open_rows
 from losses import LPIPS
 from metrics import frechet_distance, inception_score, precision_recall, psnr, reconstruct, ssim, statistics
+from sample import decode
 from vq import VQModel, usage_and_perplexity
 
 # What the ImageNet validation images score against VIRTUAL_imagenet256_labeled.npz, and by how much it may differ.
@@ -58,23 +59,19 @@ def scratch(folder=None):
 
 def reference(path, network, device, folder):
     """(statistics of pool, of spatial, pool features) of an npz or folder; None for what it does not hold."""
-    path, stored = Path(path), {}
+    path, stored, images = Path(path), {}, True
     if path.is_file() and zipfile.is_zipfile(path):
         with np.load(path) as content:
-            stored = {name: content[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in content}
+            pairs = (("mu", "sigma"), ("mu_s", "sigma_s"))
+            stored = {mu: (content[mu], content[sigma]) for mu, sigma in pairs if {mu, sigma} <= {*content}}
             images = "arr_0" in content
         if not images and "mu" not in stored:
             raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0)")
-        if not images:
-            return (stored["mu"], stored["sigma"]), stored_pair(stored, "mu_s"), None
-    rows = features(Images(path), network, device, folder)
-    if stored.get("mu") is not None:
-        return (stored["mu"], stored["sigma"]), stored_pair(stored, "mu_s"), rows[:, :POOL]
-    return statistics(rows[:, :POOL]), statistics(rows[:, POOL:]), rows[:, :POOL]
-
-
-def stored_pair(stored, name):
-    return (stored[name], stored[name.replace("mu", "sigma")]) if name in stored else None
+    rows = features(Images(path), network, device, folder) if images else None
+    pool = rows[:, :POOL] if images else None
+    if "mu" in stored:
+        return stored["mu"], stored.get("mu_s"), pool
+    return statistics(pool), statistics(rows[:, POOL:]), pool
 
 
 def result_file(path):
@@ -204,16 +201,22 @@ def recon(args):
         else:
             result["rfid"] = missing["rfid"]
         order = done[values[done, 0].argsort()]
+    save_extremes(args.out / "recon.png", vq, images, args.size, values[:, 0], order)
+    write_result(args.out / "recon.json", result)
+
+
+def save_extremes(path, vq, images, size, psnrs, order):
+    """The pictures that fare worst, the median ones and the best, above their reconstructions; order: ascending."""
+    device = vq.post_quant_conv.weight.device
     show = [order[:8], order[len(order) // 2 - min(4, len(order) // 2) :][:8], order[-8:]]
     pairs, names = [], []
     for title, part in zip(("worst", "median", "best"), show, strict=True):
-        x = torch.cat([batch for batch, *_ in eval_batches(images.subset(part), args.size, 8)])
+        x = torch.cat([batch for batch, *_ in eval_batches(images.subset(part), size, 8)])
         y = reconstruct(vq, x.to(device))[0].permute(0, 2, 3, 1).cpu().numpy()
         pairs += [to_uint8(x), y]
-        names += [title] * len(part) + [f"{value:.1f} dB" for value in values[part, 0]]
+        names += [title] * len(part) + [f"{value:.1f} dB" for value in psnrs[part]]
     columns = max(len(part) for part in show)
-    save_grid(args.out / "recon.png", np.concatenate(pairs), columns, names, notice=images.notice)
-    write_result(args.out / "recon.json", result)
+    save_grid(path, np.concatenate(pairs), columns, names, notice=images.notice)
 
 
 @torch.no_grad()
@@ -226,8 +229,7 @@ def show_codes(args):
     generator = np.random.default_rng(args.seed)
     pick = np.sort(generator.choice(len(codes), min(64, len(codes)), replace=False))
     views = generator.integers(codes.codes.shape[1], size=len(pick))
-    tokens = torch.from_numpy(codes.codes[pick, views].astype(np.int64)).view(-1, *codes.grid).to(device)
-    images = np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(16)])
+    images = decode(vq, codes.tokens(pick, views).view(-1, *codes.grid).to(device))
     save_grid(args.out / "codes.png", images, 8, codes.names(pick), notice=codes.meta["notice"])
     usage, perplexity = map(float, usage_and_perplexity(counts))
     most = counts.topk(min(5, len(counts)))
@@ -257,7 +259,7 @@ def likelihood(args):
     sums = torch.zeros(classes, 4, dtype=torch.float64)  # images, nats, right guesses, and nats squared of an image
     for start in tqdm(range(0, n, args.batch_size)[rank::world], desc="codes", unit="batch", disable=rank > 0):
         part = slice(start, start + args.batch_size)
-        tokens = torch.from_numpy(codes.codes[part, 0].astype(np.int64)).to(device)
+        tokens = codes.tokens(part).to(device)
         labels = torch.from_numpy(codes.labels[part])
         cond = codes.condition(np.arange(n)[part])
         logits, _ = gpt(tokens[:, :-1], *(x.to(device) for x in cond))

@@ -37,13 +37,13 @@ class LPIPS(nn.Module):
 
     random_weights does without VGG's weights (tests). Raises FileNotFoundError where they cannot be had.
     """
-    def __init__(self, net="vgg", random_weights=False):
+    def __init__(self, random_weights=False):
         super().__init__()
         lpips = import_torchvision("lpips")
         try:
             with warnings.catch_warnings():  # lpips calls torchvision the old way
                 warnings.simplefilter("ignore", UserWarning)
-                self.lpips = lpips.LPIPS(net=net, pnet_rand=random_weights, verbose=False)
+                self.lpips = lpips.LPIPS(net="vgg", pnet_rand=random_weights, verbose=False)
         except (OSError, RuntimeError) as error:  # no network, or a broken download
             folder = os.path.join(torch.hub.get_dir(), "checkpoints")
             raise FileNotFoundError(
@@ -66,11 +66,11 @@ class PatchGAN(nn.Module):
     4x4 convolutions, `layers` of stride 2, then two of stride 1; with 3 layers h = H // 8 - 2 and a logit sees 70x70.
     Raises ValueError for images below 3 * 2**layers pixels.
     """
-    def __init__(self, in_channels=3, filters=64, layers=3):
+    def __init__(self, filters=64, layers=3):
         super().__init__()
         self.min_size = 3 * 2 ** layers
         widths = [filters * min(2 ** i, 8) for i in range(layers + 1)]
-        blocks = [nn.Conv2d(in_channels, filters, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        blocks = [nn.Conv2d(3, filters, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             blocks += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=2 if i < layers else 1, padding=1, bias=False),
                        nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]

@@ -249,15 +249,21 @@ def read_tensors(path):
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def read_tokenizer(path, config):
+def open_sentencepiece(source, **model):
+    """The processor of `model`; ValueError, naming `source`, if it is none, or padding and end are other tokens."""
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = sentencepiece.SentencePieceProcessor(**model)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a sentencepiece model ({str(error).strip()[:120]})") from None
-    ends = tokenizer.pad_id(), tokenizer.eos_id()
-    if ends != (PAD, EOS) or len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{path}: not the tokenizer of a T5 with {config.vocab_size} tokens: it has {len(tokenizer)}, "
-                         f"and padding and end are {ends}, not {PAD, EOS}")  # fmt: skip
+        raise ValueError(f"{source}: not a sentencepiece model ({str(error).strip()[:120]})") from None
+    if (ends := (tokenizer.pad_id(), tokenizer.eos_id())) != (PAD, EOS):
+        raise ValueError(f"{source}: padding and end have to be tokens {PAD} and {EOS}, not {ends}")
+    return tokenizer
+
+
+def read_tokenizer(path, config):
+    tokenizer = open_sentencepiece(path, model_file=str(path))
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{path}: not the tokenizer of a T5 with {config.vocab_size} tokens: it has {len(tokenizer)}")
     return tokenizer
 
 

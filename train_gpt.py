@@ -23,7 +23,7 @@ import distributed
 import training
 from codes import CodeFile, open_tokenizer
 from gpt import GPT, PRESETS, GPTConfig
-from sample import paint, release
+from sample import decode, paint, release
 
 SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # in train and val, on resuming
 
@@ -117,7 +117,7 @@ def evaluate(model, codes, args, device, dtype):
     for images in order.split(args.micro_batch_size * world):
         part = images[rank::world]
         mine = (part if len(part) else images[:1]).numpy()  # a sharded model wants every process in every forward
-        tokens = torch.from_numpy(codes.codes[mine, 0].astype("int64")).to(device)
+        tokens = codes.tokens(mine).to(device)
         cond = (x.to(device) for x in codes.condition(mine))
         with common.evaluating(model), common.autocast(device, dtype):
             total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1].cpu()
@@ -135,10 +135,10 @@ def unsharded(model):
         if first and name not in ("cos", "sin"):
             weights[name] = x.cpu()
     with torch.device("meta"):
-        copy = GPT(model.config)
+        whole = GPT(model.config)
     if first:
-        copy.load_state_dict(weights, assign=True)
-    return copy.requires_grad_(False)
+        whole.load_state_dict(weights, assign=True)
+    return whole.requires_grad_(False)
 
 
 def sample_conditions(codes, val_codes, n=64):
@@ -152,11 +152,9 @@ def sample_conditions(codes, val_codes, n=64):
 
 def page(vq, codes, path):
     """64 stored training images decoded, with their conditions: to be looked at when training goes nowhere."""
-    pick = training.spread(64, len(codes))
-    tokens = torch.from_numpy(codes.codes[pick.numpy(), 0].astype("int64")).view(-1, *codes.grid)
-    device = vq.post_quant_conv.weight.device
-    images = torch.cat([vq.decode(part.to(device)) for part in tokens.split(16)])
-    common.save_grid(path, common.to_uint8(images), 8, codes.names(pick.numpy()), notice=codes.meta["notice"])
+    pick = training.spread(64, len(codes)).numpy()
+    tokens = codes.tokens(pick).view(-1, *codes.grid).to(vq.post_quant_conv.weight.device)
+    common.save_grid(path, decode(vq, tokens), 8, codes.names(pick), notice=codes.meta["notice"])
 
 
 def train(args, device, rank, world, asked):

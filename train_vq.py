@@ -110,7 +110,7 @@ def evaluate(model, lpips, val_set, args, device):
 @torch.no_grad()
 def picture(model, val_set, size, device, path):
     """Held-out images above their reconstructions, the same eight each time."""
-    images, *_ = next(eval_batches(val_set, size, 8, limit=8), (None,))
+    images, *_ = next(eval_batches(val_set, size, 8, indices=training.spread(8, len(val_set)).tolist()), (None,))
     if images is None:
         raise OSError("none of these images can be read")
     with common.evaluating(model):

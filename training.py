@@ -193,7 +193,7 @@ def advice(args, what):
     """Out of memory as a ValueError that says what was tried and what to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         tried = f"out of memory with {args.micro_batch_size} images of {what} at a time"

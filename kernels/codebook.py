@@ -3,14 +3,14 @@
     l2 (unit vectors):  argmax_k z . e_k            otherwise:  argmin_k |z - e_k|^2 = argmax_k z . e_k - |e_k|^2 / 2
 
 Bytes: z, the indices, and the codes from L2 per 128 vectors. FLOPs: 2 D per pair, 64 as executed at D = 8. Bound by one
-maximum per pair (FMNMX, at half rate) beside the tensor cores: 0.45 ms with the two overlapped to 0.80 ms one after the
+maximum per pair (FMNMX, at half rate) beside the tensor cores: 0.44 ms with the two overlapped to 0.78 ms one after the
 other, predicted for N = 262,144 and K = 16,384 on an H100.
 
 1. Search on tensor cores: both sides scaled by powers of two and split into float16 hi + lo (22 bits). D <= 8: depth
    32, [hi hi] . [hi lo] + [lo lo] . [hi lo]; wider: hi.hi + hi.lo + lo.hi. A group of 32 codes (fewer for wide ones)
    lies within one thread, so a pair costs its maximum and no index; a slot of groups keeps its three largest maxima
-   and the blocks of the first two. sm_90, D = 8: 2.0 instructions per pair (2 HGMMA, 74 FMNMX, 53 others for 64 pairs
-   of a thread), 111 registers; float32 would take 8 FFMA per pair, 3xTF32 12 HGMMA + 250 guards per 128 x 64 tile.
+   and the blocks of the first two. sm_90, D = 8: 2.0 instructions per pair (2 HGMMA, 74 FMNMX, 50 others for 64 pairs
+   of a thread), 110 registers; float32 would take 8 FFMA per pair, 3xTF32 12 HGMMA + 250 guards per 128 x 64 tile.
 2. Rescan in float64 of every group within the error bound of the best: 1.001 groups per vector on random codes. The
    bound takes every addition of the tensor core as truncated to 24 bits, so no winner is missed; a third near-tie in a
    slot (many equal codes) rescans all codes. The result is that of a float64 search, so that of a float32 search
@@ -132,24 +132,23 @@ def _search(
     m1 = tl.full((BLOCK_M, SLOTS), float("-inf"), tl.float32)
     k1 = tl.zeros((BLOCK_M, SLOTS), tl.int32)
     m2, k2, m3 = m1, k1, m1
-    for k0 in range(0, K_PADDED, BLOCK_K):
+    for k0 in range(0, K_PADDED, BLOCK_K):  # whole blocks, so nothing is masked
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K_PADDED
         e_ptrs = packed_ptr + offs_k.to(tl.int64)[None, :] * (2 * PART) + offs_d[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         if PART < BLOCK_D:  # one tile holds both parts
-            e = tl.load(e_ptrs, mask=mask_k[None, :], other=0.0)
+            e = tl.load(e_ptrs)
             acc = tl.dot(z_hi, e, tl.dot(z_lo, e, acc))
         else:
             for d0 in range(0, PART, BLOCK_D):
                 hi, lo = z_hi, z_lo
                 if PART > BLOCK_D:
                     hi, lo = _split(_load_z(z_ptr, offs_m, d0 + offs_d, live, D).to(tl.float32) * scale[:, None])
-                e_hi = tl.load(e_ptrs + d0, mask=mask_k[None, :], other=0.0)
-                e_lo = tl.load(e_ptrs + PART + d0, mask=mask_k[None, :], other=0.0)
+                e_hi = tl.load(e_ptrs + d0)
+                e_lo = tl.load(e_ptrs + PART + d0)
                 acc = tl.dot(hi, e_hi, tl.dot(hi, e_lo, tl.dot(lo, e_hi, acc)))
         if not L2:
-            acc -= scale[:, None] * tl.load(half_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
+            acc -= scale[:, None] * tl.load(half_ptr + offs_k)[None, :]
         groups = tl.reshape(acc, (BLOCK_M, BLOCK_K // (SLOTS * PAIR), SLOTS, PAIR))
         m1, k1, m2, k2, m3 = _insert(tl.max(tl.max(groups, axis=3), axis=1), k0, m1, k1, m2, k2, m3)
     return m1, k1, m2, k2, m3

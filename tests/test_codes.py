@@ -16,7 +16,7 @@ META = dict(tokenizer="vq.pt", tokenizer_sha256="ab" * 32, image_size=[32, 64], 
 def write_codes(folder, n=9, announced=None, codebook_size=256, meta=META):
     codes = torch.randint(codebook_size, (n, 2, 8), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(n) % 3
-    with CodeWriter(folder, announced or n, 2, (2, 4), codebook_size, meta) as writer:
+    with CodeWriter(folder, announced or n, (2, 4), codebook_size, meta) as writer:
         for first in range(0, n, 4):
             writer.write(codes[first:first + 4], labels[first:first + 4])
     return codes, labels
@@ -83,17 +83,17 @@ def test_code_files_refuse_what_does_not_match(tmp_path, damage, message):
 
 def test_code_writer_leaves_nothing_half_done(tmp_path):
     codes, labels = write_codes(tmp_path / "kept")
-    with pytest.raises(KeyError), CodeWriter(tmp_path / "kept", 4, 2, (2, 4), 256, META) as writer:
+    with pytest.raises(KeyError), CodeWriter(tmp_path / "kept", 4, (2, 4), 256, META) as writer:
         writer.write(codes[:2], labels[:2])
         raise KeyError("killed")
     np.testing.assert_array_equal(CodeFile(tmp_path / "kept").codes, codes.numpy())  # the old files
     assert len(list((tmp_path / "kept").iterdir())) == 3
     for bad, message in [((codes[:5], labels[:5]), "do not fit"), ((codes[:2, :1], labels[:2]), "do not fit"),
                          ((codes[:2] + 256, labels[:2]), "codes reach"), ((codes[:2], labels[:2] - 3), "labels reach")]:
-        with pytest.raises(ValueError, match=message), CodeWriter(tmp_path / "x", 4, 2, (2, 4), 256, META) as writer:
+        with pytest.raises(ValueError, match=message), CodeWriter(tmp_path / "x", 4, (2, 4), 256, META) as writer:
             writer.write(*bad)
     with pytest.raises(ValueError, match="lacks tokenizer"):
-        CodeWriter(tmp_path / "x", 4, 2, (2, 4), 256, {})
+        CodeWriter(tmp_path / "x", 4, (2, 4), 256, {})
     assert not list((tmp_path / "x").iterdir())
 
 

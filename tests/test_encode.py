@@ -1,8 +1,10 @@
+import argparse
 import errno
 import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -95,6 +97,15 @@ def two(pictures, out, *more, part):
     for p in processes:
         p.start()
     return [p.join(300) or p.exitcode for p in processes]
+
+
+@pytest.mark.parametrize("crops, flip, count", [("center", False, 1), ("center", True, 2), ("ten", False, 10),
+                                                ("ten", True, 20)])  # fmt: skip
+def test_crops_reach_processes_that_are_spawned(crops, flip, count):
+    """As macOS starts those that read images: what they do is pickled."""
+    crop, names = encode.choose_crops(argparse.Namespace(crops=crops, crop_scales=[1.1, 1.05]), flip)
+    found = pickle.loads(pickle.dumps(crop))(Image.new("RGB", (40, 30)), (16, 16))
+    assert len(found if isinstance(found, list) else [found]) == len(names) == count
 
 
 @pytest.mark.parametrize("part", [2, 7, 100])

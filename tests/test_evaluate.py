@@ -353,7 +353,7 @@ def run_dir(tmp_path):
                 image_size=[4, 8], data="none", split="val")  # fmt: skip
     save_file(tmp_path / "gpt.pt", dict(gpt.checkpoint(), codes=meta))
     rng = np.random.default_rng(0)
-    with CodeWriter(tmp_path / "codes", 45, 2, (2, 4), 16, meta) as writer:
+    with CodeWriter(tmp_path / "codes", 45, (2, 4), 16, meta) as writer:
         writer.write(torch.from_numpy(rng.integers(0, 16, (45, 2, 8))), torch.from_numpy(rng.integers(0, 4, 45)))
     return tmp_path
 
@@ -494,7 +494,7 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
 
 def test_bad_references_and_networks(monkeypatch, capsys, network, pictures, tmp_path):
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(768), sigma=np.eye(768))
-    np.savez(tmp_path / "neither.npz", mean=np.zeros(768))
+    np.savez(tmp_path / "neither.npz", mu=np.zeros(2048))  # without its sigma
     broken = torch.load(network)
     broken["Mixed_7c.branch1x1.bn.bias"] = broken["Mixed_7c.branch1x1.bn.bias"] * torch.nan
     torch.save(broken, tmp_path / "nan.pth")
