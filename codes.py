@@ -197,7 +197,7 @@ class CodeFile:
         return (torch.from_numpy(self.labels[indices]),)
 
     def tokens(self, indices, views=0):
-        """Codes int64 [B, h*w] of images [B]: of their first crops, or of crop views[i]."""
+        """Codes int64 [B, h*w] of images [B] or a slice: of their first crops, or of crop views[i]."""
         return torch.from_numpy(self.codes[indices, views].astype(np.int64))
 
     def names(self, indices):

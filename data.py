@@ -160,7 +160,7 @@ def check_unusable(n, total, share, source, hint):
 
 
 class Rejects:
-    """What had to be left out: the log names the first ten (with level INFO all), and too many of them end the run."""
+    """What had to be left out: the first ten are named (at level INFO all), and too many of them end the run."""
 
     def __init__(self, source, share):
         self.source, self.share, self.n, self.first = source, share, 0, None
@@ -225,7 +225,7 @@ def read_pairs(images, bad_share):
     for image in images:
         text = Path(image).with_suffix(".txt")
         try:
-            captions.append(clean_texts(text.read_text(encoding="utf-8").splitlines()))
+            captions.append(clean_texts(text.read_text(encoding="utf-8-sig").splitlines()))
         except (OSError, ValueError) as error:
             rejects.add(text, getattr(error, "strerror", None) or error)
             captions.append(None)

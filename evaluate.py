@@ -123,7 +123,10 @@ def compare(samples, ref, args):
 
 @torch.no_grad()
 def gen(args):
-    """FID, sFID, IS, precision and recall of samples against a reference, as the ADM evaluator defines them."""
+    """FID, sFID, IS, precision and recall of samples against a reference, as the ADM evaluator defines them.
+
+    The order of a folder's images, which IS depends on, is random, but always the same; that of an npz is its own.
+    """
     out = result_file(args.out or f"{args.samples}.json")
     write_result(out, compare(args.samples, args.ref, args))
 
@@ -185,7 +188,7 @@ def recon(args):
         bar.close()
         total(counts), total(late)
         read = int(total(torch.tensor(values[rank::world, 4].sum())))  # by all processes
-        check_unusable(n - read, n, images.bad_share, images.source, "the log names them")
+        check_unusable(n - read, n, images.bad_share, images.source, "named above")
         if rank:
             return
         done = np.flatnonzero(values[:, 4])  # unreadable images were left out

@@ -329,7 +329,7 @@ def parse_classes(text, class_names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
-            hint = nearest(word, class_names) if class_names else " (the GPT's file holds no names)"
+            hint = nearest(word, class_names) if class_names else " (neither the GPT's file nor torchvision has names)"
             raise ValueError(f"--classes: {word!r} is neither a class name nor a number below {num_classes}{hint}")
     return labels
 
@@ -396,7 +396,7 @@ def read_prompts(args):
     prompts = list(args.text)
     if args.text_file:
         try:
-            prompts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line for line in args.text_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.text_file} is not text in UTF-8: {error}") from None
     return [whole_characters(text) for text in prompts]

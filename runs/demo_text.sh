@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to pictures of prompts: two coloured digits side by side, their captions, and how often both agree.
-# One CPU core: about 6 minutes. PYTHON names the interpreter, SEED the seed (0); results in
-# out/text.
+# One CPU core: about 6 minutes. Results in out/text. PYTHON names the interpreter,
+# SEED the seed (0).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

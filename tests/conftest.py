@@ -32,13 +32,16 @@ def pytest_configure():
 
 
 def teach_bfloat16():
-    """Triton's interpreter cuts bfloat16 off where GPUs round to nearest, and multiplies its bits as integers."""
+    """Triton's interpreter cuts bfloat16 off where GPUs round to nearest, and computes with its bits as integers.
+
+    Casts and dot are mended; other arithmetic on bfloat16, of which the kernels have none, is refused.
+    """
     try:
         from triton import language as tl
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     except ImportError:
         return
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    cast, dot, binary = (getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_dot", "binary_op"))
 
     def widen(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -51,5 +54,9 @@ def teach_bfloat16():
         wide = torch.from_numpy(np.ascontiguousarray(x.data, dtype=np.float32)).view(np.shape(x.data))
         return TensorHandle(wide.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
-    InterpreterBuilder.cast_impl = exact_cast
+    def refuse(self, a, b, op):
+        assert tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar), f"{op.__name__} of bfloat16: cast to float32 first"
+        return binary(self, a, b, op)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op = exact_cast, refuse
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)

@@ -31,7 +31,7 @@ GPU, TOP, NOTHING = "H100", Ceilings(), "not measured"
 def measured_gpu():
     """Folder of the GPU whose figures are shown, or None."""
     last = {}  # folder -> date of its newest row
-    for path in ROOT.glob("benchmarks/*/*.csv"):
+    for path in (path for name in ("kernels", "sample", "train") for path in ROOT.glob(f"benchmarks/*/{name}.csv")):
         if path.parent.name != "dry-run" and not path.parent.name.endswith("_quick"):
             last[path.parent] = max([last.get(path.parent, ""), *(row["date"] for row in read_csv(path))])
     return max(last, key=lambda folder: (GPU in folder.name, last[folder]), default=None)

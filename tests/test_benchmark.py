@@ -35,6 +35,8 @@ def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
             "op,shape,direction,ours_ms,share_of_floor,vs_eager,vs_compile,date\n"
             f"nearest_code,262144x16384 D=8,fwd,{ms},0.458,60.1,15.3,{date}\n"
         )
+    (tmp_path / "benchmarks/NVIDIA_B200").mkdir()  # only checked, later
+    (tmp_path / "benchmarks/NVIDIA_B200/check.csv").write_text("op,date\nnearest_code,2026-01-06\n")
     for gone, gpu, ms in (([], "H100 80GB HBM3", 0.75), (["H100_80GB_HBM3", "H100_NVL"], "H200", 0.60)):
         for name in gone:
             shutil.rmtree(tmp_path / f"benchmarks/NVIDIA_{name}")

@@ -99,7 +99,8 @@ def test_pairs_of_files(folders, tmp_path, caplog):
         path = tmp_path / folders[i % len(folders)] / f"{i:02}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(path)
-        path.with_suffix(".txt").write_text(f"caption {i:02} {path.parent.name}\n\n second  {i:02}\n")
+        text = f"caption {i:02} {path.parent.name}\n\n second  {i:02}\n"
+        path.with_suffix(".txt").write_text(text, encoding=("utf-8", "utf-8-sig")[i % 2])  # as some editors write it
         spoil.get(i, bool)(path.with_suffix(".txt"))
     parts, plain = both(tmp_path, text=True, bad_share=0.1), both(tmp_path)
     assert sorted(int(i.stem) for part in parts for i in part.images) == [i for i in range(30) if i not in spoil]
@@ -448,7 +449,7 @@ def test_prompts_are_painted(kind, made, monkeypatch):
     first, other = (paint(vq, gpt, *read_captions(gpt, reader, p), cfg_scale=9)[0] for p in (PROMPTS, PROMPTS[::-1]))
     assert not np.array_equal(first, other) and gpt.code_features is None  # folded
     for n in (0, 1):
-        (made / f"{n}.txt").write_text("\n".join(PROMPTS[n:]))
+        (made / f"{n}.txt").write_text("\n".join(PROMPTS[n:]), encoding="utf-8-sig")
     twice, t5 = ["--text", PROMPTS[0], "--text", PROMPTS[1]], ["--t5", made / "t5"] if kind == "t5" else []
     for more in (twice, ["--text-file", made / "0.txt"], [*t5, *twice[:2], "--text-file", made / "1.txt"]):
         assert np.array_equal(paint_by_command(monkeypatch, made, kind, *more), first)

@@ -309,7 +309,7 @@ def test_batches_share_out_to_ranks():
         image_batches(plain_set(10), 8, 6, seed=0, world=4)
 
 
-def test_eval_crops_and_limit():
+def test_eval_crops_and_indices():
     image_set = ImageSet([picture(i) for i in range(7)], np.arange(7), list("abcdefg"), list("abcdefg"), True)
     batches = list(eval_batches(image_set, (8, 16), 3))
     assert [len(b[0]) for b in batches] == [3, 3, 1] and torch.cat([b[2] for b in batches]).tolist() == list(range(7))

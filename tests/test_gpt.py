@@ -202,8 +202,9 @@ def kernels_mode():
     pytest.importorskip("triton")
     if not kernels.INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1: on a GPU tests/bench_train.py checks this")
+    before = kernels.mode()
     yield kernels.use
-    kernels.use("auto")
+    kernels.use(before)
 
 
 @pytest.mark.parametrize("name, sizes", [("zero", dict(dim=64)), ("padding", dict(dim=64)), ("head dim 100", {})])

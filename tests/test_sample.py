@@ -249,7 +249,7 @@ def test_parse_classes():
     for text, word in (("cow", "cow"), ("4", "4"), ("-1", "-1"), ("1,,2", ""), ("²", "²"), ("1.5", "1.5")):
         with pytest.raises(ValueError, match=f"^--classes: '{word}' is neither a class name nor a number below 4$"):
             parse_classes(text, names, 4)
-    with pytest.raises(ValueError, match="a number below 3 .the GPT's file holds no names.$"):
+    with pytest.raises(ValueError, match="a number below 3 .neither the GPT's file nor torchvision has names.$"):
         parse_classes("dog", [], 3)
 
 
@@ -321,6 +321,11 @@ def test_published_classes_have_names(files, monkeypatch):
     assert written == [["golden retriever", "geyser"]]
     with pytest.raises(ValueError, match="did you mean macaw"):
         run(monkeypatch, *published, "--classes", "maccaw")
+    named = [f"folder {i}" for i in range(1000)]
+    codes = dict(tokenizer="vq.pt", tokenizer_sha256=file_sha256(files / "vq.pt"), class_names=named)
+    save_file(files / "own.pt", dict(gpt.checkpoint(), codes=codes))
+    run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "own.pt", "--classes", "folder 974")
+    assert written.pop() == ["folder 974"]  # of a GPT trained here: its own
     monkeypatch.setitem(sys.modules, "torchvision", None)  # not installed
     run(monkeypatch, *published, "--classes", "974")
     assert written[1:] == [[974]]
