@@ -60,3 +60,16 @@ def teach_bfloat16():
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op = exact_cast, refuse
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+
+
+@pytest.fixture
+def kernels_mode():
+    """`kernels.use`, for whole models by Triton kernels under the interpreter."""
+    import kernels
+
+    pytest.importorskip("triton")
+    if not kernels.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1: on a GPU tests/bench_train.py and bench_sample.py check this")
+    before = kernels.mode()
+    yield kernels.use
+    kernels.use(before)

@@ -39,12 +39,12 @@ def measured_gpu():
 
 def measured(name, **key):
     """The row of a table with these values, or {}."""
-    rows = read_csv(measured_gpu() / f"{name}.csv") if measured_gpu() else []
+    rows = read_csv(gpu / f"{name}.csv") if (gpu := measured_gpu()) else []
     return next((row for row in rows if all(row[k] == str(v) for k, v in key.items())), {})
 
 
 def measured_on():
-    return f"measured on one {measured_gpu().name.replace('_', ' ')}" if measured_gpu() else "measured"
+    return f"measured on one {gpu.name.replace('_', ' ')}" if (gpu := measured_gpu()) else "measured"
 
 
 def number(row, name, form, factor=1.0):

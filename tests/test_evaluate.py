@@ -494,7 +494,8 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
 
 def test_bad_references_and_networks(monkeypatch, capsys, network, pictures, tmp_path):
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(768), sigma=np.eye(768))
-    np.savez(tmp_path / "neither.npz", mu=np.zeros(2048))  # without its sigma
+    np.savez(tmp_path / "neither.npz", mean=np.zeros(768))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(2048))  # without its sigma
     broken = torch.load(network)
     broken["Mixed_7c.branch1x1.bn.bias"] = broken["Mixed_7c.branch1x1.bn.bias"] * torch.nan
     torch.save(broken, tmp_path / "nan.pth")
@@ -502,6 +503,7 @@ def test_bad_references_and_networks(monkeypatch, capsys, network, pictures, tmp
     torch.save(broken, tmp_path / "short.pth")
     for ref, weights, message in (
         ("narrow.npz", network, "different features"), ("neither.npz", network, "neither statistics .* nor images"),
+        ("half.npz", network, "neither statistics .* nor images"),
         (pictures / "a.npz", tmp_path / "nan.pth", "a.npz: features are not finite"),
         (pictures / "a.npz", tmp_path / "short.pth", "missing fc.weight"),
         (pictures / "a.npz", tmp_path / "none.pth", r"none.pth is not there: fetch .*pth \(91 MiB\) from https"),

@@ -5,7 +5,6 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import kernels
 from common import save_file
 from gpt import GPT, PRESETS, GPTConfig, apply_rope, infer_config, rope_table
 from sample import generate
@@ -194,17 +193,6 @@ def test_logits_depend_on_the_past_only_and_not_on_the_mode(name):
     loss = model(tokens[:, :-1], cond, mask, targets=tokens)[1]
     direct = -full.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).mean()
     torch.testing.assert_close(loss.double(), direct, atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture
-def kernels_mode():
-    """`kernels.use`, whose Triton kernels run under the interpreter here."""
-    pytest.importorskip("triton")
-    if not kernels.INTERPRETED:
-        pytest.skip("needs TRITON_INTERPRET=1: on a GPU tests/bench_train.py checks this")
-    before = kernels.mode()
-    yield kernels.use
-    kernels.use(before)
 
 
 @pytest.mark.parametrize("name, sizes", [("zero", dict(dim=64)), ("padding", dict(dim=64)), ("head dim 100", {})])

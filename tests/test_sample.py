@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import kernels
 import sample
 from command_line import cli
 from common import file_sha256, save_file
@@ -154,20 +153,14 @@ def test_low_precision_follows_float32(dtype):
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_codes_by_kernels(kind):
+def test_codes_by_kernels(kind, kernels_mode):
     """Those of the PyTorch path: reading the condition, the steps and the draw, guided and then not."""
-    pytest.importorskip("triton")
-    if not kernels.INTERPRETED:
-        pytest.skip("needs TRITON_INTERPRET=1: on a GPU tests/bench_sample.py checks this")
     model, cond = small_gpt(dim=64, grid=(2, 3), **TEXT if kind == "text" else {}), torch.tensor([0, 2, 1])
     cond, mask = text_condition() if kind == "text" else (cond, None)
-    before, codes = kernels.mode(), []
-    try:
-        for mode in ("torch", "triton"):
-            kernels.use(mode)
-            codes.append(generate(model, cond, mask, cfg_scale=2.0, cfg_stop=4, top_k=12, top_p=0.9, seed=1))
-    finally:
-        kernels.use(before)
+    codes = []
+    for mode in ("torch", "triton"):
+        kernels_mode(mode)
+        codes.append(generate(model, cond, mask, cfg_scale=2.0, cfg_stop=4, top_k=12, top_p=0.9, seed=1))
     assert torch.equal(*codes) and len(codes[0].unique()) > 5
 
 
