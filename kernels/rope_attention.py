@@ -3,9 +3,9 @@
 R turns the channel pairs (2i, 2i+1) of a token by its angles. Bytes per token and head in 16 bits: forward 8 D (q, k,
 v, o), backward 16 D (q, k, v, o, do, dq, dk, dv). FLOPs: forward 2 T^2 D H B (the causal half), backward 5 T^2 D H B, 7
 with what both of its kernels compute. Bound by memory at T = 256, by tensor cores and exponentials at T = 1024.
-Saved: o and the base-2 log-sum-exp of every row. Backward: dq by blocks of queries, then dk and dv by blocks of keys,
-all query heads of a group in one program: no atomics, the same in every run. Heads are padded to a power of two by
-masked loads; pairs are split and joined in a thread's registers.
+Saved: o and the base-2 log-sum-exp of every row, of T rounded up to 16, so that rows are aligned at any T. Backward: dq
+by blocks of queries, then dk and dv by blocks of keys, all query heads of a group in one program: no atomics, the same
+in every run. Heads are padded to a power of two by masked loads; pairs are split and joined in a thread's registers.
 Sources: Dao, "FlashAttention-2" (2023); Su et al., "RoFormer" (2021); Triton tutorial 06.
 """
 
@@ -26,9 +26,9 @@ TILES = {
     ("fwd", 128): {"": (128, 64, 8, 2), "sm_80": (128, 32, 8, 2), "hip": (64, 64, 4, 2)},
     ("dq", 64): {"": (128, 64, 8, 2)},
     ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2), "sm_100": (128, 64, 8, 1)},
-    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (32, 64, 4, 2), "grouped": (32, 64, 4, 2)},
+    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (16, 64, 4, 2), "grouped": (32, 64, 4, 2)},
     ("dkv", 128): {"": (64, 64, 8, 1), "sm_90": (32, 128, 8, 1), "grouped sm_90": (16, 128, 8, 1),
-                   "hip": (32, 64, 4, 2), "grouped hip": (32, 64, 4, 1)},
+                   "hip": (16, 64, 4, 2)},
 }
 
 
@@ -71,9 +71,11 @@ def _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, padding):
 
 @triton.jit
 def _load(ptr, start, stride_t, T, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start..start+BLOCK-1 of one head; what is beyond T or D is 0."""
+    """Rows start..start+BLOCK-1 of one head; what is beyond T (None: nothing is) or D is 0."""
     offs_t, offs_d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_t < T - start) & (offs_d < D) if D < BLOCK_D else offs_t < T - start
+    mask = offs_d < D
+    if T is not None:
+        mask = (offs_t < T - start) & mask
     return tl.load(ptr + start * stride_t + (offs_t * stride_t + offs_d), mask=mask, other=0.0)
 
 
@@ -134,6 +136,7 @@ def _rope_attention_fwd_kernel(
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
+    rows = tl.cdiv(T, 16) * 16
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_turned(q_ptr + b * stride_qb + h * D, cos_ptr, sin_ptr, start_m, stride_qt, T, True, BLOCK_M, D, BLOCK_D)
@@ -141,18 +144,19 @@ def _rope_attention_fwd_kernel(
     top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row of padding gives exp2(-inf), not NaN
     for diagonal in tl.static_range(2):
         last = tl.minimum(start_m + BLOCK_M, T) if diagonal else start_m
+        end = T if diagonal else None
         for start_n in range(start_m if diagonal else first, last, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, T, TURN, BLOCK_N, D, BLOCK_D)
+            k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, end, TURN, BLOCK_N, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             s = _seen(s, offs_m[:, None], offs_n[None, :], padding, diagonal, PADDING, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1) * (SCALE * LOG2E))
             p = tl.exp2(s * (SCALE * LOG2E) - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total, top = total * shrink + tl.sum(p, 1), new_top
-            v = _load(v_ptr, start_n, stride_vt, T, BLOCK_N, D, BLOCK_D)
+            v = _load(v_ptr, start_n, stride_vt, end, BLOCK_N, D, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    tl.store(lse_ptr + (b * H + h) * T + offs_m, top + tl.log2(total), mask=offs_m < T)
+    tl.store(lse_ptr + (b * H + h) * rows + offs_m, top + tl.log2(total), mask=offs_m < rows)
     _store(o_ptr + (b * T * H + h) * D, acc / total[:, None], start_m, H * D, T, D)
 
 
@@ -164,21 +168,23 @@ def _rope_attention_dq_kernel(
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
+    rows = tl.cdiv(T, 16) * 16
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = _load_turned(q_ptr + b * stride_qb + h * D, cos_ptr, sin_ptr, start_m, stride_qt, T, TURN, BLOCK_M, D, BLOCK_D)
     do = _load(do_ptr + (b * T * H + h) * D, start_m, H * D, T, BLOCK_M, D, BLOCK_D)
     o = _load(o_ptr + (b * T * H + h) * D, start_m, H * D, T, BLOCK_M, D, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + (b * H + h) * T + offs_m, delta, mask=offs_m < T)
-    lse = tl.load(lse_ptr + (b * H + h) * T + offs_m, mask=offs_m < T, other=0.0)
+    tl.store(delta_ptr + (b * H + h) * rows + offs_m, delta, mask=offs_m < rows)
+    lse = tl.load(lse_ptr + (b * H + h) * rows + offs_m, mask=offs_m < rows, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for diagonal in tl.static_range(2):
         last = tl.minimum(start_m + BLOCK_M, T) if diagonal else start_m
+        end = T if diagonal else None
         for start_n in range(start_m if diagonal else first, last, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, T, TURN, BLOCK_N, D, BLOCK_D)
-            v = _load(v_ptr, start_n, stride_vt, T, BLOCK_N, D, BLOCK_D)
+            k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, end, TURN, BLOCK_N, D, BLOCK_D)
+            v = _load(v_ptr, start_n, stride_vt, end, BLOCK_N, D, BLOCK_D)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2E) - lse[:, None])
             p = _seen(p, offs_m[:, None], offs_n[None, :], padding, diagonal, PADDING, 0.0)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -195,6 +201,7 @@ def _rope_attention_dkv_kernel(
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     blocks, heads_kv = tl.cdiv(T, BLOCK_N), H // GROUP
+    rows = tl.cdiv(T, 16) * 16
     row, start_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
     b, h_kv, padding = (row // heads_kv).to(tl.int64), row % heads_kv, 0
     later = start_n + BLOCK_N
@@ -211,11 +218,11 @@ def _rope_attention_dkv_kernel(
             last = tl.minimum(start_n + BLOCK_N, T) if diagonal else T
             for start_m in range(start_n if diagonal else later, last, BLOCK_M):
                 offs_m = start_m + tl.arange(0, BLOCK_M)
-                q_h, do_h, row_h = q_ptr + b * stride_qb + h * D, do_ptr + (b * T * H + h) * D, (b * H + h) * T
+                q_h, do_h, row_h = q_ptr + b * stride_qb + h * D, do_ptr + (b * T * H + h) * D, (b * H + h) * rows
                 q = _load_turned(q_h, cos_ptr, sin_ptr, start_m, stride_qt, T, TURN, BLOCK_M, D, BLOCK_D)
                 do = _load(do_h, start_m, H * D, T, BLOCK_M, D, BLOCK_D)  # 0 beyond T: such queries add nothing
-                lse = tl.load(lse_ptr + row_h + offs_m, mask=offs_m < T, other=0.0)
-                delta = tl.load(delta_ptr + row_h + offs_m, mask=offs_m < T, other=0.0)
+                lse = tl.load(lse_ptr + row_h + offs_m, mask=offs_m < rows, other=0.0)
+                delta = tl.load(delta_ptr + row_h + offs_m, mask=offs_m < rows, other=0.0)
                 p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2E) - lse[None, :])
                 p = _seen(p, offs_m[None, :], offs_n[:, None], padding, diagonal, PADDING, 0.0)  # keys by queries
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -256,7 +263,7 @@ def launch_config(kernel, D, group=1, float32=False, arch="sm_90"):
     names = [f"grouped {arch}", "grouped"] * (group > 1) + [arch, ""]
     m, n, warps, stages = next(tiles[name] for name in names if name in tiles)
     if float32:  # products without tensor cores keep whole rows of both operands in registers
-        m, n, warps, stages = {"fwd": (32, 16, 4, 1), "dq": (16, 16, 8, 1), "dkv": (16, 32, 4, 1)}[kernel]
+        m, n, warps, stages = {"fwd": (32, 16, 8, 1), "dq": (16, 16, 8, 1), "dkv": (16, 32, 8, 1)}[kernel]
     block_d = max(16, triton.next_power_of_2(D))
     return dict(D=D, SCALE=D**-0.5, BLOCK_D=block_d, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
@@ -332,7 +339,7 @@ def _rope_attention_backward(
 def _outputs(qkv, cos, sin, n_head, n_kv_head, padding):
     B, T, W = qkv.shape
     o = torch.empty(B, T, W // (n_head + 2 * n_kv_head) * n_head, dtype=qkv.dtype, device=qkv.device)
-    return o, torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
+    return o, torch.empty(B, n_head, -(-T // 16) * 16, dtype=torch.float32, device=qkv.device)
 
 
 @_rope_attention_backward.register_fake

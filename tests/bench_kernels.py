@@ -39,7 +39,7 @@ SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 # a warp that one vector's rescan costs, from a simulation on random codes
 SEARCH = {(8, True): (1.44, 32, 67), (256, False): (6.08, 768, 1090)}
 # by head and whether keys are turned inside: instructions per score of fwd, dq, dkv on sm_90, without padding
-ATTENTION = {(64, True): (11.0, 10.6, 12.4), (64, False): (8.2, 8.1, 9.8), (100, False): (12.1, 11.7, 16.3)}
+ATTENTION = {(64, True): (10.9, 10.3, 12.4), (64, False): (8.0, 7.8, 9.8), (100, False): (11.6, 11.1, 16.2)}
 RIVALS = ("flash", "cudnn", "efficient", "flex", "prefix")
 
 
@@ -398,7 +398,7 @@ README = (
      [("rope_attention", "64x256x16x64", "fwd")], {"attention fwd D=64 inside": 255}),
     ("the same, T 1,024, forward / both ways", "memory / tensor cores",
      [("rope_attention", "64x1024x16x64", direction) for direction in ("fwd", "fwd+bwd")],
-     {"attention fwd D=64": 255, "attention (dq|dkv) D=64": 215}),
+     {"attention fwd D=64": 255, "attention (dq|dkv) D=64": 218}),
     ("decoding: 16 rows of GPT-L, rotation, cache write and attention over 256 keys; heads of 64 / 100", "memory",
      [("decode_attention", "16x255/256x16x64", "fwd")], {"decode D=64 bfloat16": 80, "decode D=100 bfloat16": 122}),
     ("drawing: guidance, top-k, top-p and the draw, rows of 16,384", "latency",

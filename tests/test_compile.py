@@ -138,7 +138,8 @@ def attention_cases(target):
     usual = [(D, H, 1, "bfloat16", False, padding) for D, H in HEADS for padding in (True, False)]
     grouped = [(D, 16, 4, "bfloat16", False, D == 128) for D in (64, 128)]
     for D, H, group, dtype, turn, padding in [*usual, *inside, *grouped, (128, 16, 1, "float32", False, True)]:
-        W, T, f32, mark = (H + 2 * H // group) * D, 256 if turn else 1024, "float32", "int64" if padding else "float32"
+        W, f32, mark = (H + 2 * H // group) * D, "float32", "int64" if padding else "float32"
+        T = 256 if turn else 375 if padding else 1024  # captions and codes: an odd length
         kind = "inside" if turn else "grouped" if group > 1 else dtype if dtype == f32 else "padded" if padding else ""
         six, numbers = (dtype,) * 3 + (f32, f32, mark), (T * W, W) * 3 + (T, H, group)
         for kernel, args in {
@@ -343,7 +344,7 @@ def triton_version():
 
 def check(target, rows):
     """AssertionError, with their rows, where kernels are not as they should be on this target."""
-    # Tiles were chosen with 3.7; 3.6 spills 8 bytes in one kernel of attention on sm_90, up to 16 on sm_100
+    # Tiles were chosen with 3.7; 3.6 spills in attention, up to 16 bytes on sm_90 and 8 on sm_100
     most = 16 if triton_version() < (3, 7) else 0  # bytes of stack
     bad = [row for row in rows if row["stack"] > most]
     assert not bad, f"spills:\n{show(bad)}"
