@@ -53,11 +53,14 @@ def _swiglu_bwd_kernel(
     tl.store(dx_ptrs + H, dy * silu, mask=mask)
 
 
-def launch_config(M, H):
-    """Grid and constants: tiles of TILE elements, several rows where H is narrow."""
+def launch_config(H):
+    """Constants: tiles of TILE elements, several rows where H is narrow."""
     block_h = min(1024, triton.next_power_of_2(H))
-    block_m = TILE // block_h
-    return (triton.cdiv(M, block_m) * triton.cdiv(H, block_h),), dict(BLOCK_M=block_m, BLOCK_H=block_h, num_warps=4)
+    return dict(BLOCK_M=TILE // block_h, BLOCK_H=block_h, num_warps=4)
+
+
+def _grid(M, H, config):
+    return (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(H, config["BLOCK_H"]),)
 
 
 @torch.library.custom_op("nanollamagen::swiglu", mutates_args=())
@@ -65,9 +68,9 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
     rows, H = rows_of(x), x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     if y.numel():
-        grid, config = launch_config(rows.shape[0], H)
+        M, config = len(rows), launch_config(H)
         with on_device(x):
-            _swiglu_fwd_kernel[grid](rows, y, rows.stride(0), rows.shape[0], H, **config)
+            _swiglu_fwd_kernel[_grid(M, H, config)](rows, y, rows.stride(0), M, H, **config)
     return y
 
 
@@ -76,9 +79,9 @@ def _swiglu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     rows, dy, H = rows_of(x), rows_of(dy), x.shape[-1] // 2
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
-        grid, config = launch_config(rows.shape[0], H)
+        M, config = len(rows), launch_config(H)
         with on_device(x):
-            _swiglu_bwd_kernel[grid](dy, rows, dx, dy.stride(0), rows.stride(0), rows.shape[0], H, **config)
+            _swiglu_bwd_kernel[_grid(M, H, config)](dy, rows, dx, dy.stride(0), rows.stride(0), M, H, **config)
     return dx
 
 

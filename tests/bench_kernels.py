@@ -1,13 +1,15 @@
 """Kernels at the models' real sizes against eager PyTorch, torch.compile and the best library operation.
 
 On a GPU: checks against float64, then times; rows go to benchmarks/<gpu>/kernels.csv as they come, kernels.png is drawn
-from that file. --check: only the checks, of every case, into check.csv, then the kernels' tests. Predictions are made
-before anything runs, from bytes and instruction counts. Without a GPU: the ahead-of-time table and the times that it
-predicts for one H100.
+from that file. --check: only the checks, of every case, into check.csv, then the kernels' tests. --tune: VARIANTS, that
+is other tiles and decisions than the kernels', each in turn with those, into tune.csv. Predictions are made before
+anything runs, from bytes and instruction counts. Without a GPU: the ahead-of-time table and the times that it predicts
+for one H100.
 
-    python tests/bench_kernels.py [--only swiglu] [--check] [--quick | --dry-run]
+    python tests/bench_kernels.py [--only swiglu] [--check | --tune] [--quick | --dry-run]
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -33,6 +35,11 @@ codebook, rms_norm_file, swiglu_file, rope_file, decode_file, sampling_file, los
     importlib.import_module(f"kernels.{name}")
     for name in ("codebook", "rms_norm", "swiglu", "rope_attention", "decode", "sampling", "cross_entropy")
 )
+FILES = {
+    "nearest_code": codebook, "rms_norm": rms_norm_file, "dropout + residual + rms_norm": rms_norm_file,
+    "swiglu": swiglu_file, "rope_attention": rope_file, "decode_attention": decode_file, "draw_codes": sampling_file,
+    "linear_cross_entropy": loss_file,
+}  # fmt: skip
 TESTS = ("kernels", "rope_attention", "decode", "sampling", "cross_entropy")  # that run on a GPU where there is one
 SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 # by (D, l2), on sm_90: half-rate instructions per pair and executed depth, from tests/test_compile.py; instructions of
@@ -89,6 +96,11 @@ class Case:
     @property
     def key(self):
         return dict(op=self.op, shape=self.shape, dtype=self.dtype, direction=self.direction)
+
+    @property
+    def shown(self):
+        """Whether the README's table has it."""
+        return (self.op, self.shape, self.direction) in [key for _, _, keys, _ in README for key in keys]
 
     def floor_ms(self, top):
         return 1e3 * max(self.bytes / top.copy, self.flops / top.matmul)
@@ -370,8 +382,7 @@ def cases(sizes=None):
     """All of them, those of the README's table first."""
     families = (search_cases, rms_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases, loss_cases)
     found = [case for family in families for case in family(sizes or Sizes())]
-    shown = [key for _, _, keys, _ in README for key in keys]
-    return sorted(found, key=lambda case: (case.op, case.shape, case.direction) not in shown)
+    return sorted(found, key=lambda case: not case.shown)
 
 
 # The rows of the README's table: what is shown, bound, cases, and the most registers on sm_90 of kernels whose names
@@ -514,6 +525,80 @@ def missed(case, row):
             yield name
 
 
+def never(*_):
+    return False
+
+
+def always(*_):
+    return True
+
+
+# What --tune tries, of what compiles for sm_90 without spills: by operation and kernel of attention ("": all), names of
+# its file or constants of its launches
+VARIANTS = (
+    ("nearest_code", "", dict(num_warps=4, BLOCK_M=64)),
+    ("nearest_code", "", dict(BLOCK_M=64)),
+    ("rms_norm", "", dict(BLOCK_M=1)),
+    ("rms_norm", "", dict(BLOCK_M=8, num_warps=8)),
+    ("dropout + residual + rms_norm", "", dict(BLOCK_M=1)),
+    ("dropout + residual + rms_norm", "", dict(BLOCK_M=8, num_warps=8)),
+    ("swiglu", "", dict(BLOCK_M=4, num_warps=8)),
+    ("swiglu", "", dict(BLOCK_M=1)),
+    ("rope_attention", "", dict(rotates_inside=never)),
+    ("rope_attention", "", dict(rotates_inside=always)),
+    ("rope_attention", "fwd", dict(BLOCK_N=128, num_warps=8, num_stages=2)),
+    ("rope_attention", "fwd", dict(num_warps=8)),
+    ("rope_attention", "dq", dict(BLOCK_N=128)),
+    ("rope_attention", "dq", dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)),
+    ("rope_attention", "dkv", dict(BLOCK_N=64, num_warps=4)),
+    ("rope_attention", "dkv", dict(num_stages=1)),
+    ("decode_attention", "", dict(BLOCK_N=32)),
+    ("decode_attention", "", dict(BLOCK_N=128, num_warps=8)),
+    ("draw_codes", "", dict(num_warps=8)),
+    ("linear_cross_entropy", "", dict(num_warps=4)),
+    ("linear_cross_entropy", "", dict(CHUNK=2**28)),
+)
+
+
+@contextlib.contextmanager
+def varied(file, kernel, changes):
+    """One of VARIANTS, while it lasts."""
+    launch_config, before = file.launch_config, {name: vars(file)[name] for name in changes if name in vars(file)}
+    constants = {name: value for name, value in changes.items() if name not in before}
+
+    def changed(*args, **others):
+        return launch_config(*args, **others) | (constants if kernel in ("", args[0]) else {})
+
+    vars(file).update({name: changes[name] for name in before}, launch_config=changed)
+    try:
+        yield
+    finally:
+        vars(file).update(before, launch_config=launch_config)
+
+
+def tuning_plan(sizes):
+    """(key, estimated seconds, what measures the rest of a row) for every case of the README that a variant is for."""
+    for case in cases(sizes):
+        for op, kernel, changes in VARIANTS:
+            said = (f"{name} {getattr(value, '__name__', value)}" for name, value in changes.items())
+            variant = dict(variant=" ".join(filter(None, (kernel, *said))))
+            direction = "fwd" if kernel == "fwd" else "fwd+bwd" if kernel else case.direction
+            if op == case.op and direction == case.direction and (sizes or case.shown):
+                yield case.key | variant, 2.5, functools.partial(measure_variant, case, kernel, changes)
+
+
+def measure_variant(case, kernel, changes):
+    """The variant in turn with what the kernels launch with, two times each: ms, and how many times as fast it is."""
+    inputs, upstream = case.make()
+    with varied(FILES[case.op], kernel, changes):
+        row, times = dict(error=check(case, inputs, upstream)), {True: [], False: []}
+    for new in (False, True, False, True):
+        with varied(FILES[case.op], kernel, changes) if new else contextlib.nullcontext():
+            times[new].append(time_one(lambda: case.ours, inputs, upstream, case.direction, case.captured, 100)[0])
+    usual, ours = min(times[False]), min(times[True])
+    return row | dict(usual_ms=usual, ours_ms=ours, times_as_fast=usual / ours)
+
+
 def draw(rows, path):
     label = "{op} {shape} {direction}".format_map
     series = dict(vs_eager="eager PyTorch", vs_compile="torch.compile", vs_library="library")
@@ -548,25 +633,28 @@ def without_gpu(only):
 def main(words=None):
     parser = bench.parser(__doc__)
     parser.add_argument("--only", default="", help="operations whose name holds this (default: all)")
-    parser.add_argument("--check", action="store_true", help="compare with float64 and run the tests; nothing is timed")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="compare with float64 and run the tests; nothing is timed")
+    only.add_argument("--tune", action="store_true", help="other tiles and decisions than the kernels'")
     args = parser.parse_args(words)
     if not torch.cuda.is_available() and not args.dry_run:
         return without_gpu(args.only)
-    run = bench.Run(args, "check" if args.check else "kernels", None if args.check else draw)
-    shown = [key for _, _, keys, _ in README for key in keys]
+    name = "check" if args.check else "tune" if args.tune else "kernels"
+    run = bench.Run(args, name, draw if name == "kernels" else None)
 
     def plan(sizes):
+        if args.tune:
+            return [row for row in tuning_plan(sizes) if args.only in row[0]["op"]]
         return [
             (case.key, case.seconds(args.quick, args.check),
              functools.partial(measure, case, run.top, args.quick, args.check))
             for case in cases(sizes)
-            if args.only in case.op
-            and (not args.quick or sizes is TINY or (case.op, case.shape, case.direction) in shown)
+            if args.only in case.op and (not args.quick or sizes or case.shown)
         ]  # fmt: skip
 
-    columns = ("op", "shape", "direction", "error", "predicted_ms", "ours_ms", "share_of_floor", "peak_mib", "vs_eager",
-               "vs_compile", "vs_library", "missed")  # fmt: skip
-    failed = run.measure(plan(Sizes()), columns, plan(TINY))
+    columns = ("op", "shape", "direction", "variant", "error", "predicted_ms", "usual_ms", "ours_ms", "times_as_fast",
+               "share_of_floor", "peak_mib", "vs_eager", "vs_compile", "vs_library", "missed")  # fmt: skip
+    failed = run.measure(plan(None), columns, plan(TINY))
     if args.check and not args.quick and not args.dry_run and not args.only:
         failed = run_tests(max(60 * args.minutes - (time.monotonic() - run.began), 10)) or failed
     return int(failed)

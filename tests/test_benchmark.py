@@ -118,14 +118,35 @@ def test_a_rival_that_fails_costs_its_figure_only(monkeypatch, capsys):
     assert "library: ZeroDivisionError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kernel", ["", "fwd"])
+def test_a_variant_lasts_for_its_row_only(kernel):
+    """And is one of the kernel that it names; a name of the file is another thing than a constant of a launch."""
+    rope, loss = bench_kernels.rope_file, bench_kernels.loss_file
+    before = [rope.launch_config(name, 64) for name in ("fwd", "dq")], rope.rotates_inside, loss.CHUNK
+    changes = dict(BLOCK_N=16, rotates_inside=bench_kernels.never)
+    with bench_kernels.varied(rope, kernel, changes), bench_kernels.varied(loss, "", dict(CHUNK=7, num_warps=32)):
+        fwd, dq = (rope.launch_config(name, 64) for name in ("fwd", "dq"))
+        assert fwd == before[0][0] | dict(BLOCK_N=16) and dq == before[0][1] | (dict(BLOCK_N=16) if not kernel else {})
+        assert not rope.rotates_inside(256, 64, 1, False, "sm_90") and loss.CHUNK == 7
+        assert loss.launch_config(512) == dict(BLOCK_V=512, num_warps=32)
+    assert before == ([rope.launch_config(name, 64) for name in ("fwd", "dq")], rope.rotates_inside, loss.CHUNK)
+
+
+def test_every_variant_has_a_row():
+    rows = {(key["op"], key["variant"]) for key, _, _ in bench_kernels.tuning_plan(None)}
+    assert len(rows) == len(bench_kernels.VARIANTS)
+
+
 def test_rows_for_which_no_time_is_left(tmp_path, capsys):
     args = benchmark.parser("").parse_args(["--dry-run", "--minutes", "0", "--out", str(tmp_path)])
     assert run(args, [(dict(a=1), 1, lambda: dict(b=2.5))]) == 0
     assert "left out, for lack of time: 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script, words", [(bench_kernels, ["--only", "swiglu"]), (bench_kernels, ["--check"]),
-                                           (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"])])
+@pytest.mark.parametrize("script, words", [
+    (bench_kernels, ["--only", "swiglu"]), (bench_kernels, ["--check"]), (bench_kernels, ["--tune"]),
+    (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"]),
+])  # fmt: skip
 def test_dry_run(script, words, tmp_path, capsys):
     """All of it but the demos, and what compiles ahead of time."""
     assert script.main(["--dry-run", "--out", str(tmp_path), *words]) == 0

@@ -125,7 +125,7 @@ def swiglu_cases(target):
     if target == "sm_90":
         runs += [(H, f32) for H in HIDDEN] + [(H, bf16) for H in ODD_HIDDEN]
     for H, x in runs:
-        config = file.launch_config(TOKENS, H)[1]
+        config = file.launch_config(H)
         per = config["BLOCK_M"] * config["BLOCK_H"] / threads(config, target)
         yield f"swiglu fwd H={H} {x}", file._swiglu_fwd_kernel, (x, x, 2 * H, TOKENS, H), config, per, 1
         yield f"swiglu bwd H={H} {x}", file._swiglu_bwd_kernel, (x, x, x, H, 2 * H, TOKENS, H), config, per, 1
