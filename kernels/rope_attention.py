@@ -135,6 +135,7 @@ def _rope_attention_fwd_kernel(
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)  # blocks of keys before the diagonal end there
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     rows = tl.cdiv(T, 16) * 16
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
@@ -167,6 +168,7 @@ def _rope_attention_dq_kernel(
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)  # blocks of keys before the diagonal end there
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     rows = tl.cdiv(T, 16) * 16
     k_ptr, v_ptr = k_ptr + b * stride_kb + h // GROUP * D, v_ptr + b * stride_vb + h // GROUP * D
@@ -200,6 +202,7 @@ def _rope_attention_dkv_kernel(
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(BLOCK_N % BLOCK_M == 0)
     blocks, heads_kv = tl.cdiv(T, BLOCK_N), H // GROUP
     rows = tl.cdiv(T, 16) * 16
     row, start_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N

@@ -549,7 +549,7 @@ VARIANTS = (
     ("rope_attention", "fwd", dict(BLOCK_N=128, num_warps=8, num_stages=2)),
     ("rope_attention", "fwd", dict(num_warps=8)),
     ("rope_attention", "dq", dict(BLOCK_N=128)),
-    ("rope_attention", "dq", dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)),
+    ("rope_attention", "dq", dict(BLOCK_M=64, num_warps=4)),
     ("rope_attention", "dkv", dict(BLOCK_N=64, num_warps=4)),
     ("rope_attention", "dkv", dict(num_stages=1)),
     ("decode_attention", "", dict(BLOCK_N=32)),
@@ -576,12 +576,16 @@ def varied(file, kernel, changes):
         vars(file).update(before, launch_config=launch_config)
 
 
+def describe(kernel, changes):
+    said = (f"{name} {getattr(value, '__name__', value)}" for name, value in changes.items())
+    return " ".join(filter(None, (kernel, *said)))
+
+
 def tuning_plan(sizes):
     """(key, estimated seconds, what measures the rest of a row) for every case of the README that a variant is for."""
     for case in cases(sizes):
         for op, kernel, changes in VARIANTS:
-            said = (f"{name} {getattr(value, '__name__', value)}" for name, value in changes.items())
-            variant = dict(variant=" ".join(filter(None, (kernel, *said))))
+            variant = dict(variant=describe(kernel, changes))
             direction = "fwd" if kernel == "fwd" else "fwd+bwd" if kernel else case.direction
             if op == case.op and direction == case.direction and (sizes or case.shown):
                 yield case.key | variant, 2.5, functools.partial(measure_variant, case, kernel, changes)

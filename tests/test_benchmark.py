@@ -132,6 +132,22 @@ def test_a_variant_lasts_for_its_row_only(kernel):
     assert before == ([rope.launch_config(name, 64) for name in ("fwd", "dq")], rope.rotates_inside, loss.CHUNK)
 
 
+@pytest.mark.parametrize("op, kernel, changes", [
+    pytest.param(*variant, id=f"{variant[0]} {bench_kernels.describe(*variant[1:])}")
+    for variant in bench_kernels.VARIANTS
+])  # fmt: skip
+def test_variants_compute_the_same(op, kernel, changes, kernels_mode, monkeypatch):
+    """By the kernels, under the interpreter, with keys before the diagonal of attention."""
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    sizes = dataclasses.replace(bench_kernels.TINY, attention=((2, 160, 1, 16),))
+    kernels_mode("triton")
+    for case in bench_kernels.cases(sizes):
+        if case.op == op:
+            inputs, upstream = case.make()
+            with bench_kernels.varied(bench_kernels.FILES[op], kernel, changes):
+                bench_kernels.check(case, inputs, upstream)
+
+
 def test_every_variant_has_a_row():
     rows = {(key["op"], key["variant"]) for key, _, _ in bench_kernels.tuning_plan(None)}
     assert len(rows) == len(bench_kernels.VARIANTS)
