@@ -26,7 +26,8 @@ TILES = {
     ("fwd", 128): {"": (128, 64, 8, 2), "sm_80": (128, 32, 8, 2), "hip": (64, 64, 4, 2)},
     ("dq", 64): {"": (128, 64, 8, 2)},
     ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2), "sm_100": (128, 64, 8, 1)},
-    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (16, 64, 4, 2), "grouped": (32, 64, 4, 2)},
+    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (16, 64, 4, 2), "grouped": (32, 64, 4, 2),
+                  "grouped hip": (16, 64, 4, 2)},
     ("dkv", 128): {"": (64, 64, 8, 1), "sm_90": (32, 128, 8, 1), "grouped sm_90": (16, 128, 8, 1),
                    "hip": (16, 64, 4, 2)},
 }
@@ -183,7 +184,10 @@ def _rope_attention_dq_kernel(
     for diagonal in tl.static_range(2):
         last = tl.minimum(start_m + BLOCK_M, T) if diagonal else start_m
         end = T if diagonal else None
-        for start_n in range(start_m if diagonal else first, last, BLOCK_N):
+        for start_n in tl.range(
+            start_m if diagonal else first, last, BLOCK_N,
+            num_stages=1 if diagonal and BLOCK_M == BLOCK_N else None,  # a single block: there is nothing to load ahead
+        ):  # fmt: skip
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, end, TURN, BLOCK_N, D, BLOCK_D)
             v = _load(v_ptr, start_n, stride_vt, end, BLOCK_N, D, BLOCK_D)
