@@ -16,6 +16,7 @@ from test_sample import files, small_gpt, small_vq  # noqa: F401 - a fixture
 
 import evaluate
 import losses
+import sample
 from codes import CodeWriter
 from command_line import cli
 from common import file_sha256, save_file
@@ -385,11 +386,16 @@ def test_likelihood(monkeypatch, run_dir):
 
 
 def test_codes(monkeypatch, run_dir, capsys):
+    """The page is of stored codes as they stand, one crop of each image, now the one and now the other."""
+    shown = []
+    monkeypatch.setattr(evaluate, "decode", lambda vq, tokens: shown.append(tokens) or sample.decode(vq, tokens))
     call(monkeypatch, "codes", "--codes", run_dir / "codes", "--out", run_dir / "out")
     result = json.loads((run_dir / "out" / "codes.json").read_text())
     codes = evaluate.CodeFile(run_dir / "codes")
     assert result["counts"] == np.bincount(codes.codes.flatten(), minlength=16).tolist()
     assert "counts" not in capsys.readouterr().out and (run_dir / "out" / "codes.png").exists()
+    same = (shown[0].flatten(1).numpy()[:, None] == codes.codes).all(-1)  # 45 images, 2 crops
+    assert (same.sum(1) == 1).all() and 0 < same[:, 0].sum() < 45
 
 
 def test_recon(monkeypatch, run_dir, network):
