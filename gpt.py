@@ -468,7 +468,7 @@ class GPT(nn.Module):
         `grid` (rows, columns) is needed for published files, which do not tell it; for ours it replaces the
         recorded one.
         `changes` replaces fields of the config that no shape depends on (dropout, cond_dropout), for fine-tuning.
-        Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
+        Raises FileNotFoundError, or ValueError naming tensors that are missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
         check_kind(weights, path, "a GPT")

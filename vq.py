@@ -317,7 +317,7 @@ class VQModel(nn.Module):
         """Read LlamaGen's files or ours, float32, in eval mode; sizes are found in the file.
 
         `changes` replaces fields of the config that no shape depends on (dropout, beta, ...), for fine-tuning.
-        Raises FileNotFoundError, or ValueError naming every tensor that is missing, unexpected or misshapen.
+        Raises FileNotFoundError, or ValueError naming tensors that are missing, unexpected or misshapen.
         """
         weights, config = read_weights(path)
         check_kind(weights, path, "an image tokenizer")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LlamaGen's class-conditional GPTs on ImageNet: bash runs/imagenet_gpt.sh [B|L|XL|XXL|3B] [256|384]
-# Codes of ten crops at two scales (13 GB, 30 at 384 pixels, and as much again until their parts are joined), 300 epochs,
+# Codes of ten crops at two scales (13 GB, 30 at 384 pixels, and as much again while their parts are joined), 300 epochs,
 # batch 256 (512 for XXL and 3B), lr 1e-4 per 256; 50,000 samples at 256 pixels, scored against the reference batch of the
 # ADM evaluator.
 # Not run here. LlamaGen reports about 1 day on 8 A100 for B and 2 for L, and, by guidance, FID / inception score:

@@ -71,7 +71,7 @@ def sentence(command, monkeypatch, capsys):
 
 
 README = (ROOT / "README.md").read_text()
-TABLE = re.findall(r"^\| `(\w+\.py [^`]+)` \| (.+) \|$", README.split("## When it does not go on")[1], re.MULTILINE)
+TABLE = re.findall(r"^\| `(\w+\.py [^`]+)` \| (.+) \|$", README.split("## Error messages")[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("command, says", TABLE, ids=[command for command, _ in TABLE])
