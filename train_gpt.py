@@ -119,7 +119,7 @@ def evaluate(model, codes, args, device, dtype):
         mine = (part if len(part) else images[:1]).numpy()  # a sharded model wants every process in every forward
         tokens = codes.tokens(mine).to(device)
         cond = (x.to(device) for x in codes.condition(mine))
-        with common.evaluating(model), common.autocast(device, dtype):
+        with common.evaluating(model), common.autocast(device, dtype), training.uncompiled():
             total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1].cpu()
     return float(distributed.total(total)) / len(order)
 
@@ -166,9 +166,8 @@ def train(args, device, rank, world, asked):
 
     model = build_model(args, codes, vq).to(device).train()
     model.activation_checkpointing = args.activation_checkpointing
-    compile_model = args.compile if args.compile is not None else device.type == "cuda"
-    if args.fsdp and compile_model:
-        for block in model.layers:
+    if args.compile if args.compile is not None else device.type == "cuda":
+        for block in model.layers:  # one compilation serves all of them
             block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if args.fsdp:
@@ -185,9 +184,7 @@ def train(args, device, rank, world, asked):
     start_step, elapsed, trained_on = checkpoints.load_state(args.out, args, parts, device)
     if trained_on:
         codes.check(**trained_on)
-    run_model = model
-    if not args.fsdp:
-        run_model = distributed.parallel(torch.compile(model) if compile_model else model, device)
+    run_model = model if args.fsdp else distributed.parallel(model, device)
     best = ema or model  # what is evaluated, sampled and saved
     log = training.RunLog(args.out, args, start_step)
     sample_cond, sample_names = sample_conditions(codes, val_codes)
@@ -210,7 +207,7 @@ def train(args, device, rank, world, asked):
         if rank > 0:
             return
         how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-        with training.dispensable(name):
+        with training.dispensable(name), training.uncompiled():
             painter = painter if painter is best else painter.to(device)
             images, _ = paint(vq, painter, *(x.to(device) for x in sample_cond), **how)
             common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])

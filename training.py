@@ -209,6 +209,11 @@ def dispensable(what):
         log.warning("%s could not be written: %s", what, error)
 
 
+def uncompiled():
+    """Evaluations and pictures are too rare, and their shapes too many, to be compiled as the steps are."""
+    return torch.compiler.set_stance("force_eager")
+
+
 class RunLog:
     """log.jsonl (one object per logged step), config.json (command, options, versions) and loss.png of a run."""
 

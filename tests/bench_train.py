@@ -3,9 +3,9 @@
     eager           PyTorch alone, in micro-batches half as large, as it keeps more
     compile         torch.compile alone, block by block: one compilation serves all layers
     kernels         ours, without torch.compile
-    both            ours within blocks that are compiled; predicted
+    both            ours within blocks that are compiled, as train_gpt.py does; predicted
     whole           PyTorch alone, the model compiled as a whole; takes a minute, so GPT-L at 256 tokens only
-    both whole      ours, the model compiled as a whole, which is what train_gpt.py does
+    both whole      ours, the model compiled as a whole
 
 A step: 256 images (128 of 576 tokens) in two micro-batches (XL: four), forward and backward under bfloat16 autocast
 with dropout, clipping, fused AdamW. PyTorch alone has F.cross_entropy over whole logits, not our loss in chunks.

@@ -274,6 +274,42 @@ def test_two_processes_train_what_one_does(name, pictures, codes, tmp_path):
         torch.testing.assert_close(first, second, atol=close, rtol=0)
 
 
+# Script, options, processes: what is compiled by default on a GPU
+COMPILED = {
+    "vq": (train_vq, lambda p, c: vq_options(p, "--micro-batch-size", 4, "--disc-start", 3, "--disc-warmup", 1,
+                                             "--kmeans-step", 2, "--restart-every", 4, "--ema", 0.9), 0),
+    "gpt": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--micro-batch-size", 4, "--code-features"), 0),
+    "two": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--micro-batch-size", 2, "--activation-checkpointing"), 2),
+    "sharded": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--fsdp", "--activation-checkpointing", "--ema", 0.9), 2),
+}  # fmt: skip
+
+
+def trace_only(graphs):
+    """torch.compile without generated code, which takes the CPU's compiler half a minute; no more than `graphs`."""
+    backend = torch._dynamo.lookup_backend("aot_eager")
+    traced = lambda graph, inputs: print("a graph") or backend(graph, inputs)  # noqa: E731
+    torch.compile = partial(torch.compile, backend=traced, fullgraph=True)
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = graphs, True
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_steps_are_the_same(name, pictures, codes, tmp_path):
+    """Other shapes, evaluations and pictures compile nothing; of a GPT's blocks the first, without a residual, and the
+    rest make a graph each."""
+    (script, options, world), outs = COMPILED[name], [tmp_path / "eager", tmp_path / "compiled"]
+    options = (*options(pictures, codes), "--max-steps", 6, "--eval-every", 3, "--picture-every", 4, "--save-every", 4)
+    graphs = 1 if script is train_vq else 2
+    how = (("--no-compile",), {}), (("--compile",), dict(before=partial(trace_only, graphs)))
+    children = [start(script.main, out, *options, *more, world=world, **before)
+                for out, (more, before) in zip(outs, how, strict=True)]  # fmt: skip
+    assert set(finish(sum(children, []))) == {0}
+    eager, compiled = map(rows, outs)
+    assert (tmp_path / "compiled.0").read_text().count("a graph\n") == graphs
+    assert len(series(compiled, "loss")) == 6 and len(series(compiled, "val_loss")) == 2
+    for part in ("loss", "grad_norm", "val_loss", "disc_loss"):
+        assert series(compiled, part) == pytest.approx(series(eager, part), rel=1e-3)
+
+
 def test_one_process_goes_on_as_two(codes, tmp_path):
     options, (a, b) = gpt_options(codes, *BARE, "--max-steps", 20), (tmp_path / "a", tmp_path / "b")
     children = start(train_gpt.main, a, *options) + start(train_gpt.main, b, *options, "--max-steps", 10)
