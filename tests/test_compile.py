@@ -41,7 +41,7 @@ HEAVY = (  # names: every kernel, in the configurations that leave little room
     r"nearest_code l2 D=8", r"nearest_code l2 D=32", r"nearest_code euclid D=64",
     r"nearest_code euclid D=256", r"pack D=256",
     r"rms_norm (fwd|bwd) W=8192 bfloat16 \+ float32, dropout", r"swiglu (fwd|bwd) H=2048 bfloat16",
-    r"attention (fwd|dq|dkv) D=64( inside)?", r"attention (fwd|dq|dkv) D=100 (padded|odd)",
+    r"attention (fwd|dq|dkv) D=64( inside)?", r"attention (fwd|dkv) D=100 padded", r"attention dq D=100 (padded|odd)",
     r"attention (fwd|dq|dkv) D=128 grouped", r"attention (fwd|dq|dkv) D=128 float32", r"rotate D=64",
     r"decode D=64 bfloat16", r"decode D=100 bfloat16 in 2 padded", r"add parts D=100",
     r"draw V=16384 bfloat16 guided top-k top-p", r"draw greedy", r"loss V=50257 bfloat16 \+ gradient",
