@@ -308,6 +308,8 @@ def test_compiled_steps_are_the_same(name, pictures, codes, tmp_path):
     assert len(series(compiled, "loss")) == 6 and len(series(compiled, "val_loss")) == 2
     for part in ("loss", "grad_norm", "val_loss", "disc_loss"):
         assert series(compiled, part) == pytest.approx(series(eager, part), rel=1e-3)
+    names = [load(out / FILES[script])["model"].keys() for out in outs]
+    assert names[0] == names[1]
 
 
 def test_one_process_goes_on_as_two(codes, tmp_path):
