@@ -307,7 +307,8 @@ def test_compiled_steps_are_the_same(name, pictures, codes, tmp_path):
     assert (tmp_path / "compiled.0").read_text().count("a graph\n") == graphs
     assert len(series(compiled, "loss")) == 6 and len(series(compiled, "val_loss")) == 2
     for part in ("loss", "grad_norm", "val_loss", "disc_loss"):
-        assert series(compiled, part) == pytest.approx(series(eager, part), rel=1e-3)
+        close = 1e-3 if script is train_vq else 1e-5  # a tokenizer's codes move where rounding does
+        assert series(compiled, part) == pytest.approx(series(eager, part), rel=close)
     names = [load(out / FILES[script])["model"].keys() for out in outs]
     assert names[0] == names[1]
 
