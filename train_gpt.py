@@ -167,7 +167,7 @@ def train(args, device, rank, world, asked):
     model = build_model(args, codes, vq).to(device).train()
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile if args.compile is not None else device.type == "cuda":
-        for block in model.layers:  # one compilation serves all of them
+        for block in model.layers:  # two graphs serve all: the first block has no residual
             block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if args.fsdp:

@@ -209,9 +209,11 @@ def dispensable(what):
         log.warning("%s could not be written: %s", what, error)
 
 
+@contextmanager
 def uncompiled():
-    """Evaluations and pictures are too rare, and their shapes too many, to be compiled as the steps are."""
-    return torch.compiler.set_stance("force_eager")
+    """Compiled blocks run as they are written: evaluations and pictures are too rare, their shapes too many."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class RunLog:

@@ -534,7 +534,8 @@ def always(*_):
 
 
 # What --tune tries, of what compiled for sm_90 without spills: by operation and kernel of attention ("": all), names of
-# its file or constants of its launches. rotates_inside is never so at T 1,024, always at 256: such rows show the noise
+# its file or constants of its launches. rotates_inside is false at T 1,024 and true at 256: forcing that value changes
+# nothing, and such rows show the noise
 VARIANTS = (
     ("nearest_code", "", dict(num_warps=4, BLOCK_M=64)),
     ("nearest_code", "", dict(BLOCK_M=64)),
