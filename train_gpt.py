@@ -166,7 +166,8 @@ def train(args, device, rank, world, asked):
 
     model = build_model(args, codes, vq).to(device).train()
     model.activation_checkpointing = args.activation_checkpointing
-    if args.compile if args.compile is not None else device.type == "cuda":
+    compile_blocks = device.type == "cuda" if args.compile is None else args.compile
+    if compile_blocks:
         for block in model.layers:  # two graphs serve all: the first block has no residual
             block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None

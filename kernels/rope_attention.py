@@ -26,8 +26,7 @@ TILES = {
     ("fwd", 128): {"": (128, 64, 8, 2), "sm_80": (128, 32, 8, 2), "hip": (64, 64, 4, 2)},
     ("dq", 64): {"": (128, 64, 8, 2)},
     ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2), "sm_100": (128, 64, 8, 1)},
-    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (16, 64, 4, 2), "grouped": (32, 64, 4, 2),
-                  "grouped hip": (16, 64, 4, 2)},
+    ("dkv", 64): {"": (64, 128, 8, 2), "hip": (16, 64, 4, 2), "grouped": (32, 64, 4, 2)},
     ("dkv", 128): {"": (64, 64, 8, 1), "sm_90": (32, 128, 8, 1), "grouped sm_90": (16, 128, 8, 1),
                    "hip": (16, 64, 4, 2)},
 }
@@ -267,7 +266,7 @@ def rotates_inside(T, D, group, masked, arch):
 
 def launch_config(kernel, D, group=1, float32=False, arch="sm_90"):
     tiles = TILES[kernel, 64 if D <= 64 else 128]
-    names = [f"grouped {arch}", "grouped"] * (group > 1) + [arch, ""]
+    names = [f"grouped {arch}", arch, "grouped", ""] if group > 1 else [arch, ""]
     m, n, warps, stages = next(tiles[name] for name in names if name in tiles)
     if float32:  # products without tensor cores keep whole rows of both operands in registers
         m, n, warps, stages = {"fwd": (32, 16, 8, 1), "dq": (16, 16, 8, 1), "dkv": (16, 32, 8, 1)}[kernel]

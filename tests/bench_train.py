@@ -1,7 +1,7 @@
 """Training steps of the GPT as train_gpt.py makes them: tokens/s, share of the GPU's peak (MFU), memory.
 
     eager           PyTorch alone, in micro-batches half as large, as it keeps more
-    compile         torch.compile alone, block by block: one compilation serves all layers
+    compile         torch.compile alone, block by block: two graphs serve all layers
     kernels         ours, without torch.compile
     both            ours within blocks that are compiled, as train_gpt.py does; predicted
     whole           PyTorch alone, the model compiled as a whole; takes a minute, so GPT-L at 256 tokens only

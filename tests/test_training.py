@@ -300,10 +300,9 @@ def test_compiled_steps_are_the_same(name, pictures, codes, tmp_path):
     (script, options, world), outs = COMPILED[name], [tmp_path / "eager", tmp_path / "compiled"]
     options = (*options(pictures, codes), "--max-steps", 6, "--eval-every", 3, "--picture-every", 4, "--save-every", 4)
     graphs = 1 if script is train_vq else 2
-    how = (("--no-compile",), {}), (("--compile",), dict(before=partial(trace_only, graphs)))
-    children = [start(script.main, out, *options, *more, world=world, **before)
-                for out, (more, before) in zip(outs, how, strict=True)]  # fmt: skip
-    assert set(finish(sum(children, []))) == {0}
+    children = start(script.main, outs[0], *options, "--no-compile", world=world)
+    children += start(script.main, outs[1], *options, "--compile", world=world, before=partial(trace_only, graphs))
+    assert set(finish(children)) == {0}
     eager, compiled = map(rows, outs)
     assert (tmp_path / "compiled.0").read_text().count("a graph\n") == graphs
     assert len(series(compiled, "loss")) == 6 and len(series(compiled, "val_loss")) == 2
