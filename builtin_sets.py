@@ -14,7 +14,7 @@ FULL_FRAME_SCALE = 1.1  # digits and emoji fill their frame: crops out of 1.25 c
 # digits, 97% at 1.1, 98% uncropped)
 DIGITS = "zero one two three four five six seven eight nine".split()
 COLOURS = dict(red=(225, 40, 40), orange=(255, 145, 20), yellow=(250, 235, 60), green=(50, 190, 60),
-               cyan=(90, 225, 235), blue=(70, 110, 255), purple=(175, 70, 220), white=(250, 250, 250))  # fmt: skip
+               cyan=(90, 225, 235), blue=(70, 110, 255), purple=(175, 70, 220), white=(250, 250, 250))
 GROUNDS = dict(dark=(20, 20, 24), brown=(90, 52, 24), navy=(18, 28, 95), grey=(92, 92, 92))  # "dark" is not named
 PHRASINGS = (
     "{left} left of {right}",
@@ -79,7 +79,7 @@ def digits():
         images=images, labels=data.target.astype(np.int64), class_names=[str(d) for d in range(10)],
         names=[f"digit {i}" for i in range(len(images))], captions=[[DIGITS[d]] for d in data.target],
         flip=False, scale=FULL_FRAME_SCALE,
-    )  # fmt: skip
+    )
 
 
 def emoji_code_points():
@@ -115,7 +115,7 @@ def emoji(size):
     return dict(
         images=images, labels=np.array(labels, dtype=np.int64), class_names=list(EMOJI_CLASSES), names=names,
         captions=[[name] for name in names], flip=False, notice=EMOJI_NOTICE, scale=FULL_FRAME_SCALE,
-    )  # fmt: skip
+    )
 
 
 # Two digits side by side. What captions may say of them is known, so a picture can be held against its caption.
@@ -180,4 +180,4 @@ def digits_text(split, n, seed=0):
     return dict(
         images=[Image.fromarray(image) for part in parts for image in part], labels=np.zeros(n, np.int64),
         class_names=["two digits"], names=[texts[0] for texts in captions], captions=captions, flip=False, scale=1.0,
-    ), truth  # fmt: skip
+    ), truth

@@ -34,7 +34,7 @@ def train_tokenizer(captions, vocab_size, kind):
             hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", character_coverage=1.0,
             pad_id=PAD, eos_id=END, unk_id=2, bos_id=-1, input_sentence_size=1_000_000, num_threads=1, minloglevel=2,
             **more,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer could be made of these captions: {str(error).splitlines()[0]}") from None
     return out.getvalue()

@@ -66,7 +66,7 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     """
     check_finite(parts["model"], step)
     state = dict(options={name: getattr(args, name) for name in FIXED}, parts=list(parts), data=data, step=step,
-                 elapsed=elapsed, own=everyone(own_state(parts, device)))  # fmt: skip
+                 elapsed=elapsed, own=everyone(own_state(parts, device)))
     path, fresh, failed = out / "state.pt", out / "state.pt.tmp", None
     folder, first = sharded(parts["model"]), launched()[0] == 0
     if folder:

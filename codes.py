@@ -23,7 +23,7 @@ CODE_VERSION = 2
 CODE_KEYS = (
     "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
     "class_names", "data", "split", "notice", "text",
-)  # fmt: skip
+)
 
 
 def _code_dtype(codebook_size):
@@ -36,11 +36,12 @@ class CodeWriter:
     Use as a context manager; the files take their names when it closes without an error, also after fewer than
     n_images. meta gives what CODE_KEYS lists and the arguments do not say; "text" (captions) may be left out.
     """
+
     def __init__(self, folder, n_images, grid, codebook_size, meta):
         self.folder, self.codebook_size, self.written = Path(folder), int(codebook_size), 0
         self.meta = dict(text=None) | meta
         self.meta |= dict(version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
-                          images=int(n_images))  # fmt: skip
+                          images=int(n_images))
         missing = [key for key in CODE_KEYS if key not in self.meta]
         if missing:
             raise ValueError(f"the description of the codes lacks {', '.join(missing)}")
@@ -117,6 +118,7 @@ class CodeFile:
     codes: memory map [images, A, h*w]; labels: int64 [images]; meta: the dict of meta.json; captions: a CaptionFile, or
     None where meta["text"] is.
     """
+
     def __init__(self, folder):
         self.folder = Path(folder)
         self.meta = self._read("meta.json", lambda path: json.loads(path.read_text()))

@@ -41,7 +41,7 @@ PUBLISHED = {
         "c2i_3B_384.pt": 3097,
     },
     "peizesun/llamagen_t2i": {"vq_ds16_t2i.pt": 71.9, "t2i_XL_stage1_256.pt": 777.7, "t2i_XL_stage2_512.pt": 777.7},
-}  # fmt: skip
+}
 
 
 def published(path):

@@ -2,6 +2,7 @@
 
 B, 3, H, W: pixels in [-1, 1]; A: augmentations of a picture.
 """
+
 import functools
 import json
 import logging
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class ImageSet:
     """Pictures of one split; `images` holds RGB images or Paths, `names` one name per picture."""
+
     images: list
     labels: np.ndarray  # int64 [N]
     class_names: list[str]
@@ -247,6 +249,7 @@ class Views(torch.utils.data.Dataset):
     crop(img, size) returns one image, or a list that is stacked: [A, 3, H, W]. crop=None is one random_crop, crop=A a
     stack of A, drawn from (seed, epoch, index). An unreadable image gives way to the next, at most `retries` times.
     """
+
     def __init__(self, image_set, size, crop=None, seed=0, retries=0):
         self.set, self.size, self.crop, self.seed, self.retries = image_set, size, crop, seed, retries
 
@@ -367,6 +370,7 @@ def eval_batches(image_set, size, batch_size, crop=center_crop, workers=0, seed=
 
 class Sizes(torch.utils.data.Dataset):
     """index -> (width, height, "") of a picture, decoded, or (0, 0, why it cannot be read)."""
+
     def __init__(self, images):
         self.images = images
 

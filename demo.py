@@ -115,7 +115,7 @@ def digits(args):
         sampling=dict(chosen, seed=args.seed, samples=args.n), tried_on_seed={str(args.choose_seed): tried},
         copying=copying(grey(images), train_grey, val_grey, painted.flatten(1).cpu().numpy().astype(np.uint16),
                         codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0]),
-    )  # fmt: skip
+    )
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
     print_digits(report, args)
 
@@ -134,7 +134,7 @@ def print_digits(report, args):
                                    "out digits (RMS grey level)"),
         ("code for code in training", f"{c['sample_codes_in_train']:.1%} of painted, "
                                       f"{c['held_out_codes_in_train']:.1%} of held-out digits"),
-    ]  # fmt: skip
+    ]
     print("\n".join(f"{name:28}{value}" for name, value in rows))
     pictures = args.out / "samples.png", args.vq.parent / "reconstructions.png", args.gpt.parent / "samples.png"
     print(f"{'pictures':28}{', '.join(map(str, pictures))}")
@@ -225,7 +225,7 @@ def text(args):
                 seen["painted"] = ink.reshape(-1, 64), halves(painted.cpu().numpy())
     train = grey(to_uint8(as_pixels(load_images("digits", "train", 32))))
     report["copying"] = copying(seen["painted"][0], train, seen["real", "seen"], seen["painted"][1],
-                                halves(codes.codes[:]), halves(val_codes.codes[:]))  # fmt: skip
+                                halves(codes.codes[:]), halves(val_codes.codes[:]))
     # What copies would score: training digits that went through the tokenizer.
     report["copying"]["copies_to_train"] = float(np.median(nearest_distance(seen["reconstructed", "train"], train)))
     save_grid(args.out / "samples.png", np.concatenate(shown), 6, captions, scale=3)
@@ -251,7 +251,7 @@ def print_text(report, args):
     print(f"captions shuffled: {report['captions_shuffled']['all']:.1%} all right")
     print(f"nearest training digit, RMS level: {c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} "
           f"from real, {c['copies_to_train']:.3f} from copies; same codes as one: {c['sample_codes_in_train']:.1%}, "
-          f"{c['held_out_codes_in_train']:.1%} of real")  # fmt: skip
+          f"{c['held_out_codes_in_train']:.1%} of real")
     print(", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
     print(f"pictures: {args.out / 'samples.png'}, {args.gpt.parent / 'samples.png'}")
 

@@ -182,7 +182,7 @@ def written(folder, meta):
         if found.get(name) != value:
             before, now = (str(v)[:60] for v in (found.get(name), value))
             raise ValueError(f"{folder.parent} was begun with another {name} ({before}, now {now}): go on with that, "
-                             "or delete the folder")  # fmt: skip
+                             "or delete the folder")
     return found["images"]
 
 
@@ -197,7 +197,7 @@ def encode_images(vq, image_set, indices, crop, folder, meta, args, device, read
     texts = CaptionWriter(folder, reader) if reader else nullcontext()
     with CodeWriter(folder, len(indices), grid, vq.config.codebook_size, meta) as writer, texts:
         for images, labels, kept in eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers,
-                                                 seed=args.seed, indices=indices):  # fmt: skip
+                                                 seed=args.seed, indices=indices):
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
             with autocast(device, args.dtype):
                 codes = torch.cat([vq.encode(part) for part in images.split(args.batch_size)])
@@ -220,14 +220,14 @@ def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, r
         image_size=[size, size] if isinstance(size, int) else list(size), augmentations=names,
         class_names=image_set.class_names, data=str(args.data), split=split, notice=image_set.notice,
         dtype=args.dtype, seed=args.seed, text=reader and reader.about(),
-    )  # fmt: skip
+    )
     step = max(1, PART // args.batch_size) * args.batch_size  # whole batches, the same in parts as without
     parts = [range(first, min(first + step, len(image_set))) for first in range(0, max(1, len(image_set)), step)]
     folders, there = [args.out / split], [None]
     if len(parts) > 1:
         folders = [args.out / f"{split}.parts" / f"{i:05}" for i in range(len(parts))]
         meta["part"] = dict(batch_size=args.batch_size, part_size=step, flip=image_set.flip,
-                            pictures_sha256=pictures_sha256(image_set))  # fmt: skip
+                            pictures_sha256=pictures_sha256(image_set))
         there = everyone([written(folder, meta) for folder in folders])[0]  # of process 0: others may be late
     lost = sum(len(part) - n for part, n in zip(parts, there, strict=True) if n is not None)
     if too_many(lost, len(image_set), image_set.bad_share):  # the run before ended by it: mended since, perhaps

@@ -39,7 +39,7 @@ from vq import VQModel, usage_and_perplexity
 
 # What the ImageNet validation images score against VIRTUAL_imagenet256_labeled.npz, and by how much it may differ.
 SELF_CHECK = dict(fid=(1.684, 0.02), inception_score=(231.8, 1.5), sfid=(3.69, 0.05), precision=(0.752, 0.005),
-                  recall=(0.671, 0.005))  # fmt: skip
+                  recall=(0.671, 0.005))
 
 
 # References, and files of a command
@@ -105,7 +105,7 @@ def compare(samples, ref, args):
         pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)
         result = dict(samples=str(samples), images=len(rows), reference=str(ref),
                       reference_images=None if ref_pool is None else len(ref_pool),
-                      network=f"{network.path.name}, sha256 {network.sha256[:12]}")  # fmt: skip
+                      network=f"{network.path.name}, sha256 {network.sha256[:12]}")
         if launched()[0]:
             return result
         pool = torch.from_numpy(np.ascontiguousarray(rows[:, :POOL])).to(device)
@@ -197,7 +197,7 @@ def recon(args):
         result = dict(tokenizer=str(args.vq), data=f"{args.data}, {args.split}", images=len(done), size=args.size,
                       reference="the images themselves", psnr=means[0], ssim=means[1], ssim_as_llamagen=means[2],
                       lpips=means[3] if lpips else missing["lpips"], codes_used=usage,
-                      codes_used_of_last_65536=float(usage_and_perplexity(late)[0]), perplexity=perplexity)  # fmt: skip
+                      codes_used_of_last_65536=float(usage_and_perplexity(late)[0]), perplexity=perplexity)
         if network:
             result["rfid"] = frechet_distance(*statistics(feats[1][done]), *statistics(feats[0][done]))
             result["network"] = f"{network.path.name}, sha256 {network.sha256[:12]}"
@@ -240,7 +240,7 @@ def show_codes(args):
                   crops=codes.codes.shape[1],
                   codes_used=usage, perplexity=perplexity, never=int((counts == 0).sum()),
                   most_frequent={int(i): int(c) for i, c in zip(most.indices, most.values, strict=True)},
-                  counts=counts.tolist())  # fmt: skip
+                  counts=counts.tolist())
     write_result(args.out / "codes.json", result, hide=("counts",))
 
 
@@ -253,7 +253,7 @@ def likelihood(args):
     kind = {"t5": "text"}.get(codes.captions.kind, "tokens") if codes.captions else "class"
     if (gpt.config.vocab_size, gpt.config.cond) != (codes.codebook_size, kind):
         raise ValueError(f"{args.gpt} has {gpt.config.vocab_size} codes and reads {gpt.config.cond}; "
-                         f"{args.codes} has {codes.codebook_size} and {kind}")  # fmt: skip
+                         f"{args.codes} has {codes.codebook_size} and {kind}")
     if kind == "class" and gpt.config.num_classes < len(codes.class_names):
         raise ValueError(f"{args.gpt} has {gpt.config.num_classes} classes, {args.codes} {len(codes.class_names)}")
     trained_on = read_file(args.gpt).get("codes", {})
@@ -275,7 +275,7 @@ def likelihood(args):
     per_class = {codes.class_names[i]: float(sums[i, 1] / sums[i, 0]) for i in range(classes) if sums[i, 0]}
     result = dict(gpt=str(args.gpt), codes=str(args.codes), images=int(images), nats_per_token=nats,
                   standard_error=error, bits_per_token=nats / math.log(2), perplexity=math.exp(nats), top_1=right,
-                  uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)  # fmt: skip
+                  uniform_nats=math.log(codes.codebook_size), nats_per_class=per_class)
     write_result(out, result)
 
 

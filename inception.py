@@ -32,20 +32,20 @@ POOL, SPATIAL = 2048, 17 * 17 * 7  # features
 
 def five(pool):
     return [("branch1x1", (64, 1)), ("branch5x5", (48, 1), (64, 5)), ("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-            ("average", (pool, 1))]  # fmt: skip
+            ("average", (pool, 1))]
 
 
 def seven(c):
     across, down = (1, 7), (7, 1)
     twice = (c, 1), (c, down), (c, across), (c, down), (192, across)
     return [("branch1x1", (192, 1)), ("branch7x7", (c, 1), (c, across), (192, down)), ("branch7x7dbl", *twice),
-            ("average", (192, 1))]  # fmt: skip
+            ("average", (192, 1))]
 
 
 def eight(pool):
     fork = [(384, (1, 3)), (384, (3, 1))]  # both read the layer before
     return [("branch1x1", (320, 1)), ("branch3x3", (384, 1), fork), ("branch3x3dbl", (448, 1), (384, 3), fork),
-            (pool, (192, 1))]  # fmt: skip
+            (pool, (192, 1))]
 
 
 # channels in, then branches: a name and (channels, kernel[, stride 2]) of its layers
@@ -57,7 +57,7 @@ BLOCKS = {
     "Mixed_7a": (768, [("branch3x3", (192, 1), (320, 3, 2)),
                        ("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)), ("maximum",)]),
     "Mixed_7b": (1280, eight("average")), "Mixed_7c": (2048, eight("maximum")),
-}  # fmt: skip
+}
 
 
 class Conv(nn.Module):
@@ -123,7 +123,7 @@ class Inception(nn.Module):
     def __init__(self):
         super().__init__()
         for name, *sizes in (("1a_3x3", 3, 32, 3, 2), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3),
-                             ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False)):  # fmt: skip
+                             ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False)):
             self.add_module(f"Conv2d_{name}", Conv(*sizes))
         for name, sizes in BLOCKS.items():
             self.add_module(name, Block(*sizes))
@@ -234,7 +234,7 @@ class Images:
                 for path, array in zip(self.files[start:], arrays, strict=False):
                     if array.shape != self.shape:
                         raise ValueError(f"{path} is {array.shape[1]} x {array.shape[0]} pixels, "
-                                         f"{self.files[0].name} {self.shape[1]} x {self.shape[0]}")  # fmt: skip
+                                         f"{self.files[0].name} {self.shape[1]} x {self.shape[0]}")
                 yield start, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
             return
         with self._open() as file:

@@ -2,6 +2,7 @@
 
 B, C, H, W: pixels in [-1, 1].
 """
+
 import importlib
 import os
 import warnings
@@ -37,6 +38,7 @@ class LPIPS(nn.Module):
 
     random_weights does without VGG's weights (tests). Raises FileNotFoundError where they cannot be had.
     """
+
     def __init__(self, random_weights=False):
         super().__init__()
         lpips = import_torchvision("lpips")
@@ -66,6 +68,7 @@ class PatchGAN(nn.Module):
     4x4 convolutions, `layers` of stride 2, then two of stride 1; with 3 layers h = H // 8 - 2 and a logit sees 70x70.
     Raises ValueError for images below 3 * 2**layers pixels.
     """
+
     def __init__(self, filters=64, layers=3):
         super().__init__()
         self.min_size = 3 * 2 ** layers

@@ -170,7 +170,7 @@ def release(model):
 def generate(
     model, cond, cond_mask=None, grid=None, cfg_scale=1.0, cfg_stop=-1, temperature=1.0, top_k=0, top_p=1.0,
     greedy=False, seed=0, first_index=0, progress=False,
-):  # fmt: skip
+):
     """Draw codes int64 [B, h, w] in raster order.
 
     cond and cond_mask are those of GPT.forward: labels, features and their mask, or caption tokens. Guidance runs
@@ -468,7 +468,7 @@ def run(args, device, rank, world):
     settings = dict(
         cfg_scale=args.cfg_scale, cfg_stop=args.cfg_stop, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, greedy=args.greedy, seed=args.seed,
-    )  # fmt: skip
+    )
     check_request(gpt, cond(which[:1])[0], gpt.config.grid, first_index=0, **settings)
     settings |= dict(batch_size=args.batch_size, size=args.size)
 

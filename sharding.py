@@ -24,7 +24,7 @@ INDEX = {  # what the index of a folder may be made of, which is a pickle
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING"},
-}  # fmt: skip
+}
 
 
 def shard(model, blocks, device, dtype):

@@ -23,7 +23,7 @@ from common import load_weights, make_config, read_file, whole_characters
 PAD, EOS = 0, 1
 STARTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)  # |key - query| from which buckets 1 to 15 begin
 FIXED = dict(model_type="t5", feed_forward_proj="gated-gelu", relative_attention_num_buckets=32,
-             relative_attention_max_distance=128)  # fmt: skip
+             relative_attention_max_distance=128)
 
 
 @dataclass
@@ -179,7 +179,7 @@ class T5Encoder(nn.Module):
         for name, value in FIXED.items():
             if fields_here.get(name, value if name.startswith("relative") else None) != value:
                 raise ValueError(f"{folder}: not an encoder of FLAN-T5 or T5 v1.1: {name} has to be {value!r}, not "
-                                 f"{fields_here.get(name)!r}")  # fmt: skip
+                                 f"{fields_here.get(name)!r}")
         sizes = {f.name: fields_here[f.name] for f in fields(T5Config) if f.name in fields_here}
         config = make_config(T5Config, sizes, folder / "config.json")
         weights = {name: tensor.to(device, dtype) for path in files for name, tensor in read_tensors(path)}
@@ -205,7 +205,7 @@ def find_files(folder):
     """The files with the encoder's weights: one, or those shards that the index says hold a part of it."""
     name = folder.name if re.match("flan-t5-|t5-v1_1-", folder.name) else "flan-t5-xl"
     want = (f"google/{name} as downloaded from Hugging Face has config.json, spiece.model and model.safetensors or "
-            "pytorch_model.bin, or the index of either (*.index.json) with its shards")  # fmt: skip
+            "pytorch_model.bin, or the index of either (*.index.json) with its shards")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; {want}")
     for needed in ("config.json", "spiece.model"):
@@ -278,7 +278,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"[#@|\\/*~_(){}\[\]]+", " "),
     (r"([^\w\s])\1+", r"\1"),  # !!!
     (r"\s+", " "),
-)]  # fmt: skip
+)]
 
 
 def clean_caption(text):

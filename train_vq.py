@@ -29,7 +29,7 @@ from losses import (
     hinge_g_loss,
     non_saturating_d_loss,
     non_saturating_g_loss,
-)  # fmt: skip
+)
 from metrics import reconstruction_psnr
 from vq import PRESETS, VQConfig, VQModel, usage_and_perplexity
 
@@ -164,10 +164,10 @@ def train(args, device, rank, world, asked):
     best = ema or model  # what is evaluated, drawn and saved
     log = training.RunLog(args.out, args, start_step)
     batches = image_batches(train_set, args.size, args.batch_size, args.seed, start_step, args.workers,
-                            rank=rank, world=world)  # fmt: skip
+                            rank=rank, world=world)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     distributed.say(f"{n_parameters:.1f}M parameters, {len(train_set)} images, {len(val_set)} more held out, "
-                    f"{world} x {device} {dtype}")  # fmt: skip
+                    f"{world} x {device} {dtype}")
 
     def save(step):
         files = {"vq.pt": dict(best.checkpoint(), step=step)}
@@ -250,7 +250,7 @@ def train(args, device, rank, world, asked):
             row = means.pop() | bad_steps.pop(step) | bad_disc_steps.pop(step)
             dt_ms, since = timer() / (step - since), step
             log.write(step=step, **row, lr=lr, usage=usage, perplexity=perplexity, dt_ms=dt_ms,
-                      images_per_s=1000 * args.batch_size / dt_ms, mem_gib=training.peak_gib(device))  # fmt: skip
+                      images_per_s=1000 * args.batch_size / dt_ms, mem_gib=training.peak_gib(device))
             bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", usage=f"{usage:.0%}", lr=f"{lr:.1e}")
         if last:
             break

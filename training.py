@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756,
                "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125,
                "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209, "RTX 4090": 165,
-               "RTX 3090": 71, "MI325X": 1307, "MI300X": 1307}  # fmt: skip
+               "RTX 3090": 71, "MI325X": 1307, "MI300X": 1307}
 OTHERS = "Laptop|Ti|D|MIG"  # words in the names of slower or faster devices, or of a part of one
 
 
@@ -94,7 +94,7 @@ def check_training_options(args, world):
         args.micro_batch_size = -(-args.batch_size // world)
     if args.batch_size % (args.micro_batch_size * world):
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} "
-                         f"times {world} processes")  # fmt: skip
+                         f"times {world} processes")
     if args.keep_every and not args.save_every:
         raise ValueError(f"--keep-every {args.keep_every} keeps what --save-every writes, and that is 0: give it, too")
     if args.keep_every and args.keep_every % args.save_every:
@@ -326,5 +326,3 @@ class Timer:
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start
-
-

@@ -137,6 +137,6 @@ from .swiglu import swiglu  # noqa: E402
 __all__ = [
     "code_usage", "decode_attention", "draw_codes", "linear_cross_entropy", "mode", "nearest_code", "pack",
     "packed_linear", "rms_norm", "rope_attention", "swiglu", "use", "use_triton",
-]  # fmt: skip
+]
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

@@ -87,7 +87,7 @@ def _load_z(z_ptr, offs_m, offs_d, mask, D: tl.constexpr):
 def _rescan(
     z_ptr, code_ptr, K, offs_m, mask_m, first, best, index, D: tl.constexpr, L2: tl.constexpr,
     GROUP: tl.constexpr, STEP: tl.constexpr, PAIR: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Scores in float64 of the group of codes that begins at first [M]; keeps the best, and its lowest index."""
     for g0 in range(0, GROUP, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
@@ -125,7 +125,7 @@ def _scales(z_ptr, top_norm, offs_m, mask, D: tl.constexpr, L2: tl.constexpr, PA
 def _search(
     z_ptr, packed_ptr, half_ptr, scale, live, offs_m, K_PADDED, D: tl.constexpr, L2: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr, PAIR: tl.constexpr,
-):  # fmt: skip
+):
     """Three largest group maxima of every slot [M, SLOTS], and the blocks of the first two."""
     offs_d = tl.arange(0, BLOCK_D)
     z_hi, z_lo = _split(_load_z(z_ptr, offs_m, offs_d % PART, live, D).to(tl.float32) * scale[:, None])
@@ -159,7 +159,7 @@ def _nearest_code_kernel(
     z_ptr, code_ptr, packed_ptr, half_ptr, top_ptr, idx_ptr, N, K, K_PADDED, D: tl.constexpr, L2: tl.constexpr,
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SLOTS: tl.constexpr, PAIR: tl.constexpr, RESCAN_G: tl.constexpr, RESCAN_D: tl.constexpr, MARGIN: tl.constexpr,
-):  # fmt: skip
+):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     top_norm = tl.load(top_ptr)
     scale, norm, live = _scales(z_ptr, top_norm, offs_m, offs_m < N, D, L2, PART, min(PART, BLOCK_D))
@@ -182,7 +182,7 @@ def _nearest_code_kernel(
         best, index = _rescan(
             z_ptr, code_ptr, K, offs_m, live & ((top >= floor) | crowded), first, best, index, D, L2,
             BLOCK_K // SLOTS, SLOTS * PAIR, PAIR, RESCAN_G, RESCAN_D,
-        )  # fmt: skip
+        )
         m1, k1, m2 = tl.where(taken, m2, m1), tl.where(taken, k2, k1), tl.where(taken, float("-inf"), m2)
     winner = tl.min(tl.where(best == tl.max(best, axis=1)[:, None], index, 2147483647), axis=1)
     tl.store(idx_ptr + offs_m, winner.to(tl.int64), mask=offs_m < N)

@@ -41,7 +41,7 @@ def softmax_loss_ref(logits, targets, gradient):
 @triton.jit
 def _softmax_loss_kernel(
     logits_ptr, target_ptr, loss_ptr, stride_lm, V, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
+):
     """One row. Differences to its maximum, not to the log of the sum, which would be rounded to the maximum's ulp."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr, offs_v = logits_ptr + row * stride_lm, tl.arange(0, BLOCK_V)

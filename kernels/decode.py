@@ -75,7 +75,7 @@ def _decode_attention_kernel(
     stride_qb, S, H, GROUP, STRIDE_B: tl.constexpr, STRIDE_G: tl.constexpr, STRIDE_S: tl.constexpr, D: tl.constexpr,
     PADDED: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     PADDING: tl.constexpr,
-):  # fmt: skip
+):
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     b, h = (row // H).to(tl.int64), row % H
     g, offs_n, offs_d = h // GROUP, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -132,7 +132,7 @@ def _decode_attention_kernel(
 @triton.jit
 def _add_parts_kernel(
     part_ptr, top_ptr, total_ptr, y_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
+):
     row, offs_s, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     top, total = tl.load(top_ptr + row * SPLITS + offs_s), tl.load(total_ptr + row * SPLITS + offs_s)
     offs = (row * SPLITS + offs_s[:, None]) * D + offs_d[None, :]
@@ -171,7 +171,7 @@ def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, 
             position if padding is None else padding.contiguous(), y, part, top, total, qkv.stride(0), S, n_head,
             n_head // n_kv_head, *k_cache.stride()[:3], PADDED=padded, SPLITS=splits, PADDING=padding is not None,
             **config,
-        )  # fmt: skip
+        )
         if splits > 1:
             _add_parts_kernel[rows,](part, top, total, y, D, config["BLOCK_D"], splits, num_warps=1)
     return y
@@ -181,7 +181,7 @@ def _decode_attention_triton(qkv, cos, sin, k_cache, v_cache, position, n_head, 
 def _decode_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     position: torch.Tensor, n_head: int, n_kv_head: int, padding: torch.Tensor | None, use_kernel: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     if not len(qkv):
         return qkv.new_empty(0, 2 * cos.shape[1] * n_head)
     attend = _decode_attention_triton if use_kernel else decode_attention_ref

@@ -44,7 +44,7 @@ def _drop(x, seed_ptr, offs_m, dropped, BLOCK_M: tl.constexpr, BLOCK_W: tl.const
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, seed_ptr, y_ptr, s_ptr, stride_xm, stride_rm, M, W, eps, dropped,
     ADD: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     mask_w = offs_w < W
@@ -70,7 +70,7 @@ def _rms_norm_bwd_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, seed_ptr, dx_ptr, dbranch_ptr, dweight_ptr, stride_dym, stride_dsm, stride_sm,
     M, W, eps, dropped,
     ADD: tl.constexpr, BOTH: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+):
     """dx in the dtype of the stream; BOTH: also that of the branch, in its dtype and after dropout."""
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     mask_w = offs_w < W
@@ -122,7 +122,7 @@ def _forward(x, weight, eps, residual=None, dropout=0.0, seed=None):
             _rms_norm_fwd_kernel[triton.cdiv(M, config["BLOCK_M"]),](
                 xs, rs, weight, weight if seed is None else seed, y, s, xs.stride(0), rs.stride(0), M, W, eps,
                 _dropped(dropout), ADD=residual is not None, DROP=seed is not None, **config,
-            )  # fmt: skip
+            )
     return y, s
 
 
@@ -142,7 +142,7 @@ def _add_rms_norm(
 def _rms_norm_backward(
     dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, eps: float, x_dtype: torch.dtype,
     dropout: float, seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the sum in its dtype, that of x (empty where they are the same), that of the weight."""
     both = x_dtype != s.dtype or seed is not None
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -162,7 +162,7 @@ def _rms_norm_backward(
             dys, dss, rows, weight.contiguous(), weight if seed is None else seed, dx, dbranch if both else dx, partial,
             dys.stride(0), dss.stride(0), rows.stride(0), M, W, eps, _dropped(dropout), ADD=ds is not None, BOTH=both,
             DROP=seed is not None, **config,
-        )  # fmt: skip
+        )
     return dx, dbranch, partial.sum(0).to(weight.dtype)
 
 

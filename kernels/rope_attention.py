@@ -101,7 +101,7 @@ def _turn(x, cos_ptr, sin_ptr, start, T, SIGN: tl.constexpr, D: tl.constexpr):
 def _load_turned(
     ptr, cos_ptr, sin_ptr, start, stride_t, T,
     TURN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     x = _load(ptr, start, stride_t, T, BLOCK, D, BLOCK_D)
     return _turn(x, cos_ptr, sin_ptr, start, T, 1, D).to(x.dtype) if TURN else x
 
@@ -134,7 +134,7 @@ def _rope_attention_fwd_kernel(
     stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
+):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # blocks of keys before the diagonal end there
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     rows = tl.cdiv(T, 16) * 16
@@ -167,7 +167,7 @@ def _rope_attention_dq_kernel(
     stride_gb, stride_gt, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
+):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # blocks of keys before the diagonal end there
     b, h, start_m, first, padding = _queries(padding_ptr, T, H, BLOCK_M, BLOCK_N, PADDING)
     rows = tl.cdiv(T, 16) * 16
@@ -186,7 +186,7 @@ def _rope_attention_dq_kernel(
         for start_n in tl.range(
             start_m if diagonal else first, last, BLOCK_N,
             num_stages=1 if diagonal and BLOCK_M == BLOCK_N else None,  # a single block: there is nothing to load ahead
-        ):  # fmt: skip
+        ):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load_turned(k_ptr, cos_ptr, sin_ptr, start_n, stride_kt, end, TURN, BLOCK_N, D, BLOCK_D)
             v = _load(v_ptr, start_n, stride_vt, end, BLOCK_N, D, BLOCK_D)
@@ -204,7 +204,7 @@ def _rope_attention_dkv_kernel(
     stride_gb, stride_gt, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, T, H, GROUP,
     D: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
+):
     tl.static_assert(BLOCK_N % BLOCK_M == 0)
     blocks, heads_kv = tl.cdiv(T, BLOCK_N), H // GROUP
     rows = tl.cdiv(T, 16) * 16
@@ -243,7 +243,7 @@ def _rope_attention_dkv_kernel(
 def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, stride_xb, stride_xt, T, heads,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     blocks = tl.cdiv(T, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK_T
@@ -323,7 +323,7 @@ def _rope_attention(
 def _rope_attention_backward(
     do: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     n_head: int, n_kv_head: int, padding: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     (B, T, W), dqkv = qkv.shape, torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not dqkv.numel():
         return dqkv

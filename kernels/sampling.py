@@ -131,7 +131,7 @@ def _draw_codes_kernel(
     logits_ptr, noise_ptr, index_ptr, code_ptr, stride_lb, stride_nb, B, L, V, cfg_scale, inverse, top_k, top_p,
     UNIT: tl.constexpr, LARGEST: tl.constexpr, GUIDED: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     pid_b = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     mask = offs_v < V
@@ -176,7 +176,7 @@ def _draw_codes_triton(logits, noise, index, cfg_scale, temperature, top_k, top_
             logits, noise, index, codes, logits.stride(0), noise.stride(0), B, noise.shape[1], V, cfg_scale, inverse,
             top_k, top_p, GUIDED=guided, GREEDY=greedy, TOP_K=not greedy and 0 < top_k < V,
             TOP_P=not greedy and top_p < 1, **launch_config(V),
-        )  # fmt: skip
+        )
     return codes
 
 
@@ -184,7 +184,7 @@ def _draw_codes_triton(logits, noise, index, cfg_scale, temperature, top_k, top_
 def _draw_codes(
     logits: torch.Tensor, noise: torch.Tensor | None, index: torch.Tensor | None, cfg_scale: float, temperature: float,
     top_k: int, top_p: float, greedy: bool, guided: bool, use_kernel: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     if not len(logits):
         return logits.new_empty(0, dtype=torch.int64)
     draw = _draw_codes_triton if use_kernel else draw_codes_ref

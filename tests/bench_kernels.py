@@ -39,7 +39,7 @@ FILES = {
     "nearest_code": codebook, "rms_norm": rms_norm_file, "dropout + residual + rms_norm": rms_norm_file,
     "swiglu": swiglu_file, "rope_attention": rope_file, "decode_attention": decode_file, "draw_codes": sampling_file,
     "linear_cross_entropy": loss_file,
-}  # fmt: skip
+}
 TESTS = ("kernels", "rope_attention", "decode", "sampling", "cross_entropy")  # that run on a GPU where there is one
 SHARE_FWD, SHARE_BWD = 0.92, 0.85  # of the copy bandwidth, the targets
 # by (D, l2), on sm_90: half-rate instructions per pair and executed depth, from tests/test_compile.py; instructions of
@@ -62,13 +62,13 @@ class Sizes:
     decode: tuple = (  # 8 images with guidance, late and halfway, one image, many
         (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
         (256, 256, 128, 16, 64),
-    )  # fmt: skip
+    )
     drawing: tuple = ((8, 16384), (128, 16384))
     loss: tuple = (1024, 16384)
 
 
 TINY = Sizes(64, ((96, 128, 8, True), (96, 32, 256, False)), (48,), (24,), ((2, 16, 2, 16),), ((4, 16, 9, 2, 16),),
-             ((2, 512),), (32, 96))  # fmt: skip
+             ((2, 512),), (32, 96))
 
 
 @dataclasses.dataclass
@@ -179,7 +179,7 @@ def rms_cases(sizes):
                 make, ours, eager, library, size * tokens * W, exact=exact,
                 targets=dict(share_of_floor=SHARE_FWD, vs_eager=7, vs_library=1) if direction == "fwd" else
                 dict(share_of_floor=SHARE_BWD, vs_eager=7, vs_library=1.2),
-            )  # fmt: skip
+            )
 
 
 def swiglu_cases(sizes):
@@ -202,7 +202,7 @@ def swiglu_cases(sizes):
                 "swiglu", f"{tokens}x{H}", "bfloat16", direction, make, kernels.swiglu, swiglu_file.swiglu_ref, library,
                 passes * tokens * H * 2,
                 targets=dict(share_of_floor=SHARE_FWD if direction == "fwd" else SHARE_BWD, vs_eager=2.5, vs_compile=1),
-            )  # fmt: skip
+            )
 
 
 def distances(z, codes):
@@ -224,7 +224,7 @@ def search_cases(sizes):
             distances, functools.partial(codebook.nearest_code_ref, l2=l2), N * (D * 4 + 8),
             2 * N * K * SEARCH[D, l2][1], (N, K, D, l2),
             targets=targets.get(N, {}) if D == 8 else dict(ours_ms=1.4, vs_eager=3.5),
-        )  # fmt: skip
+        )
 
 
 def with_backend(name, fn):
@@ -274,13 +274,13 @@ def attention_case(B, T, H, D):
     rivals["flex"] = functools.partial(compiled, flex)
     size, scores = B * T * H * D, B * H * T * (T + 1) / 2
     targets = {256: dict(fwd=dict(ours_ms=0.12, vs_flash=1.3)),
-               1024: {"fwd": dict(tflop_per_s=280), "fwd+bwd": dict(tflop_per_s=200)}}  # fmt: skip
+               1024: {"fwd": dict(tflop_per_s=280), "fwd+bwd": dict(tflop_per_s=200)}}
     for direction, passes, products in (("fwd", 4, 4), ("fwd+bwd", 12, 14)):
         yield Case(
             "rope_attention", f"{B}x{T}x{H}x{D}", "bfloat16", direction, make, ours, sdpa, None,
             passes * size * 2, products * scores * D, attention=(B, T, H, D), rivals=rivals,
             targets=targets.get(T, {}).get(direction, {}) if D == 64 else {},
-        )  # fmt: skip
+        )
 
 
 def decode_cases(sizes):
@@ -315,7 +315,7 @@ def decode_cases(sizes):
             compiled(functools.partial(sdpa, end=None)), 4 * B * H * t * padded, 4 * B * H * t * D,
             rivals=dict(prefix=lambda sdpa=sdpa, t=t: compiled(functools.partial(sdpa, end=t + 1))),
             latency_ms=2e-3, captured=True,
-        )  # fmt: skip
+        )
 
 
 def drawing_cases(sizes):
@@ -348,7 +348,7 @@ def drawing_cases(sizes):
                 "draw_codes", f"{2 * B}x{V} top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
                 with_settings(kernels.draw_codes), with_settings(sampling_file.draw_codes_ref),
                 functools.partial(sorted_draw, top_p=top_p), 4 * B * V, latency_ms=latency, captured=True,
-            )  # fmt: skip
+            )
 
 
 def loss_bytes(N, C, V):
@@ -375,7 +375,7 @@ def loss_cases(sizes):
         "linear_cross_entropy", f"{N}x{C}x{V}", "bfloat16", "fwd+bwd", make, with_targets(kernels.linear_cross_entropy),
         with_targets(loss_file.linear_cross_entropy_ref), None, 4 * (N * C + V * C), 6 * N * C * V,
         passes=loss_bytes(N, C, V), targets=dict(share_of_floor=0.8, vs_eager=1.8),
-    )  # fmt: skip
+    )
 
 
 def cases(sizes=None):
@@ -655,11 +655,11 @@ def main(words=None):
              functools.partial(measure, case, run.top, args.quick, args.check))
             for case in cases(sizes)
             if args.only in case.op and (not args.quick or sizes or case.shown)
-        ]  # fmt: skip
+        ]
 
     columns = ("op", "shape", "direction", "variant", "error", "predicted_ms", "usual_ms", "variant_ms",
                "times_as_fast", "ours_ms", "share_of_floor", "peak_mib", "vs_eager", "vs_compile", "vs_library",
-               "missed")  # fmt: skip
+               "missed")
     failed = run.measure(plan(None), columns, plan(TINY))
     if args.check and not args.quick and not args.dry_run and not args.only:
         failed = run_tests(max(60 * args.minutes - (time.monotonic() - run.began), 10)) or failed

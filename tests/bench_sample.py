@@ -75,7 +75,7 @@ class FullCache:
         for i, block in enumerate(m.layers):
             a, f = block.attention, block.feed_forward
             q, k, v = a.wqkv(self.norm(x, block.attention_norm)).unflatten(-1, (-1, c.head_dim)).split(
-                [c.n_head, c.n_kv_head, c.n_kv_head], dim=2)  # fmt: skip
+                [c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
             q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             self.k[i].index_copy_(2, position, k)
             self.v[i].index_copy_(2, position, v)
@@ -273,7 +273,7 @@ def main(words=None):
 
     presets, all_rows = (["B", "L"], [16]) if args.quick else (args.presets, args.rows)
     columns = ("preset", "rows", "floor_s", "predicted_s", "ours_s", "share_of_floor", "images_per_s", "vs_full cache",
-               "vs_compiled", "vs_eager", "ours_gib")  # fmt: skip
+               "vs_compiled", "vs_eager", "ours_gib")
     tiny = [(key, 0, measure) for key, _, measure in plan(["tiny"], [4, 256], (2, 3))] if args.dry_run else []
     return int(run.measure(list(plan(presets, all_rows, (24, 24))), columns, tiny))
 

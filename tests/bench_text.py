@@ -59,16 +59,16 @@ class Along(torch.nn.Module):
 def train_along(args, codes, vq, folder):
     """Train both from nothing; writes the encoder's folder, gpt.pt and what demo.py reads beside it."""
     recipe = argparse.Namespace(**RECIPE, max_steps=args.max_steps, max_minutes=float("inf"), min_lr=0.0,
-                                beta1=0.9, beta2=0.95, weight_decay=0.05)  # fmt: skip
+                                beta1=0.9, beta2=0.95, weight_decay=0.05)
     torch.manual_seed(args.seed)
     t5 = new_t5(codes)
     text = dict(kind="t5", size=t5.config.d_model, length=codes.captions.length, t5=str(folder / "t5"))
     config = GPTConfig(**PRESETS["tiny"], vocab_size=codes.codebook_size, cond="text", n_cond=text["length"],
-                       text_dim=text["size"], grid=codes.grid, dropout=recipe.dropout)  # fmt: skip
+                       text_dim=text["size"], grid=codes.grid, dropout=recipe.dropout)
     model = Along(t5, GPT(config)).train()
     model.gpt.see_codes(vq.quantize.codebook())
     muon = [p for part in (model.gpt.layers, t5.encoder) for n, p in part.named_parameters()
-            if p.dim() == 2 and "bias" not in n]  # fmt: skip
+            if p.dim() == 2 and "bias" not in n]
     optimizers = training.make_optimizers(model, recipe, muon)
     timer = training.Timer()
     for step in tqdm(range(args.max_steps), desc="T5, trained along"):
@@ -90,11 +90,11 @@ def call(script, *words):
 def train_frozen(args, vq_path, t5_folder, folder):
     """encode.py and train_gpt.py on the features of an encoder in a folder."""
     call("encode.py", "--vq", vq_path, "--data", "digits-text", "--size", 32, 64, "--crops", "center", "--out",
-         folder / "codes", "--text", "t5", "--t5", t5_folder, "--text-length", 16)  # fmt: skip
+         folder / "codes", "--text", "t5", "--t5", t5_folder, "--text-length", 16)
     recipe = [word for name, value in RECIPE.items() for word in (f"--{name.replace('_', '-')}", value)]
     call("train_gpt.py", "--preset", "tiny", "--codes", folder / "codes", "--out", folder / "gpt", *recipe,
          "--code-features", "--max-steps", args.max_steps, "--seed", args.seed, "--eval-every", 400,
-         "--eval-images", 480, "--picture-every", 0, "--no-compile")  # fmt: skip
+         "--eval-images", 480, "--picture-every", 0, "--no-compile")
 
 
 def main():
@@ -116,11 +116,11 @@ def main():
     for name, folder in (("T5, trained along", along), ("T5, frozen", frozen), ("T5, random", unlearnt)):
         codes_folder = folder / "codes" if (folder / "codes").is_dir() else args.demo / "codes"
         call("demo.py", "text", "--vq", vq_path, "--gpt", folder / "gpt" / "gpt.pt", "--codes", codes_folder, "--out",
-             folder, "--seed", args.seed)  # fmt: skip
+             folder, "--seed", args.seed)
         reports[name] = json.loads((folder / "report.json").read_text())
     table = {name: dict(gpt_seconds=report["seconds"]["gpt"],
                         **{split: row["all"] for split, row in report["painted"]["2.0"].items()})
-             for name, report in reports.items()}  # fmt: skip
+             for name, report in reports.items()}
     (args.out / "text.json").write_text(json.dumps(table, indent=1))
     for name, row in table.items():
         print(f"{name:20}" + "".join(f"{key}: {value:.3g}  " for key, value in row.items()))

@@ -48,7 +48,7 @@ TARGET_MFU = {"L": 0.5}
 TARGET_VS_COMPILE = {"L": 1.3}
 EFFICIENCY = 0.85  # of the large product, that the step's products reach: assumed
 CONTENDERS = {"eager": ("torch", "eager"), "compile": ("torch", "blocks"), "kernels": ("triton", "eager"),
-              "both": ("triton", "blocks"), "whole": ("torch", "whole"), "both whole": ("triton", "whole")}  # fmt: skip
+              "both": ("triton", "blocks"), "whole": ("torch", "whole"), "both whole": ("triton", "whole")}
 loss_file = importlib.import_module("kernels.cross_entropy")
 OUR_LOSS = kernels.linear_cross_entropy
 RECIPE = argparse.Namespace(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.05)
@@ -78,7 +78,7 @@ def predicted_ms(model, side, steps, top):
     products = 6 * (tokens * matrices + logits * c.dim) / (top.matmul * EFFICIENCY)
     moved = tokens * c.n_layer * (56 * c.dim + 16 * c.ffn_dim) / bench_kernels.SHARE_BWD
     attention = next(case for case in bench_kernels.attention_case(micro, side * side, c.n_head, c.head_dim)
-                     if case.direction == "fwd+bwd").predicted_ms(top)  # fmt: skip
+                     if case.direction == "fwd+bwd").predicted_ms(top)
     one = products + (moved + bench_kernels.loss_bytes(tokens, c.dim, c.vocab_size) + 12 * size) / top.copy
     return steps * (1e3 * one + c.n_layer * attention) + 1e3 * (12 * (steps - 1) + 40) * size / top.copy
 
@@ -252,12 +252,12 @@ def emoji(out, minutes, steps, size):
     call([sys.executable, "train_vq.py", "--preset", "tiny", "--codebook-size", 1024, "--data", "emoji", "--size", size,
           "--perceptual-weight", 0, "--disc-weight", 0, "--batch-size", 16, "--lr", 1.5e-3, "--kmeans-step", 100,
           "--restart-every", 100, "--no-compile", "--out", out / "emoji/vq", *common_words, *limits[0]],
-         out / "emoji.log")  # fmt: skip
+         out / "emoji.log")
     call([sys.executable, "encode.py", "--vq", out / "emoji/vq/vq.pt", "--data", "emoji", "--size", size, "--crops",
-          "center" if steps else "random", "--out", out / "emoji/codes"], out / "emoji.log")  # fmt: skip
+          "center" if steps else "random", "--out", out / "emoji/codes"], out / "emoji.log")
     call([sys.executable, "train_gpt.py", "--preset", "tiny", "--codes", out / "emoji/codes", "--batch-size", 24,
           "--lr", 3e-3, "--optimizer", "muon", "--code-features", "--no-compile", "--eval-images", 64, "--out",
-          out / "emoji/gpt", *common_words, *limits[1]], out / "emoji.log")  # fmt: skip
+          out / "emoji/gpt", *common_words, *limits[1]], out / "emoji.log")
     results = [json.loads((out / "emoji" / part / "result.json").read_text()) for part in ("vq", "gpt")]
     row = dict(seconds=time.monotonic() - began, vq_steps=results[0]["steps"], gpt_steps=results[1]["steps"])
     return row | {name: results[1][name] for name in ("train_loss", "val_loss")} | dict(psnr=results[0].get("psnr"))
@@ -298,10 +298,10 @@ def main(words=None):
     else:
         most, all_of_them = list(CONTENDERS)[:4], list(CONTENDERS)
         plan = [row(preset, side, IMAGES[side], 16384, seconds, all_of_them if (preset, side) == ("L", 16) else most)
-                for (preset, side), seconds in SECONDS.items() if preset in args.presets]  # fmt: skip
+                for (preset, side), seconds in SECONDS.items() if preset in args.presets]
     tiny = [row("tiny", 16, 2, 512, 0, list(CONTENDERS))] if args.dry_run else []
     columns = ("preset", "tokens", "predicted_ms", "both_ms", "predicted_mfu", "both_mfu", "both_tokens_per_s",
-               "vs_compile", "vs_eager", "both_gib", "both whole_mfu", "whole_vs_compile")  # fmt: skip
+               "vs_compile", "vs_eager", "both_gib", "both whole_mfu", "whole_vs_compile")
     return int(run.measure(plan, columns, tiny))
 
 

@@ -250,7 +250,7 @@ def label(key):
 def show(row, columns):
     cells = ((name, row.get(name)) for name in columns)
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" if k in ("missed",) else str(v)
-                     for k, v in cells if v is not None)  # fmt: skip
+                     for k, v in cells if v is not None)
 
 
 def bars(rows, label, series, path, xlabel, log=True):

@@ -122,11 +122,11 @@ def sampling_table():
             preset, f"{floor:.{2 if floor > 1 else 3}f}", f"{predicted:.2f}", f"{target:.2f}",
             number(few, "ours_s", ".3g"), number(few, "vs_full cache", ".3g"), number(few, "vs_compiled", ".3g"),
             f"{128 / most:.0f}", f"{128 * bench_sample.TARGET_SHARE / most:.0f}", number(many, "images_per_s", ".3g"),
-        ))  # fmt: skip
+        ))
     vs = {name: f"at least {value}" for name, value in bench_sample.TARGET_VS.items()}
     names = ("seconds", "floor", "predicted", "target", measured_on(),
              f"times as long: LlamaGen's method ({vs['full cache']})", f"the same compiled ({vs['compiled']})",
-             "256 rows, images/s: floor", "target", measured_on())  # fmt: skip
+             "256 rows, images/s: floor", "target", measured_on())
     head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 
@@ -151,9 +151,9 @@ def training_table():
                 f"{preset}, {side * side}", f"{images * side * side / ms:,.0f}k ({mfu:.0%})",
                 f"{target:.0%} MFU, {ratio}x torch.compile" if target else "-", of("both"), of("compile"), of("eager"),
                 number(found, "both_gib", ".1f"),
-            ))  # fmt: skip
+            ))
     names = ("tokens/s (MFU) of GPT", "predicted", "target", f"{measured_on()}: kernels and torch.compile",
-             "torch.compile alone", "eager PyTorch", "GiB at the peak")  # fmt: skip
+             "torch.compile alone", "eager PyTorch", "GiB at the peak")
     head, *rows = ([name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True))
     return markdown(head, rows)
 

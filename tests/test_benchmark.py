@@ -28,7 +28,7 @@ def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
         ("NVIDIA_H100_80GB_HBM3", 0.75, "2026-01-02"), ("NVIDIA_H100_NVL", 0.85, "2026-01-01"),
         ("NVIDIA_H100_NVL_quick", 0.1, "2026-01-03"), ("NVIDIA_A100", 0.2, "2026-01-03"),
         ("NVIDIA_H200", 0.6, "2026-01-04"), ("dry-run", 9, "2026-01-05"),
-    ):  # fmt: skip
+    ):
         folder = tmp_path / "benchmarks" / gpu
         folder.mkdir(parents=True)
         (folder / "kernels.csv").write_text(
@@ -135,7 +135,7 @@ def test_a_variant_lasts_for_its_row_only(kernel):
 @pytest.mark.parametrize("op, kernel, changes", [
     pytest.param(*variant, id=f"{variant[0]} {bench_kernels.describe(*variant[1:])}")
     for variant in bench_kernels.VARIANTS
-])  # fmt: skip
+])
 def test_variants_compute_the_same(op, kernel, changes, kernels_mode, monkeypatch):
     """By the kernels, under the interpreter, with keys before the diagonal of attention."""
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
@@ -162,7 +162,7 @@ def test_rows_for_which_no_time_is_left(tmp_path, capsys):
 @pytest.mark.parametrize("script, words", [
     (bench_kernels, ["--only", "swiglu"]), (bench_kernels, ["--check"]), (bench_kernels, ["--tune"]),
     (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"]),
-])  # fmt: skip
+])
 def test_dry_run(script, words, tmp_path, capsys):
     """All of it but the demos, and what compiles ahead of time."""
     assert script.main(["--dry-run", "--out", str(tmp_path), *words]) == 0

@@ -57,7 +57,7 @@ BAD = [
     (b'{"image": "0.png", "text": " \\n"}', "is empty"), (b'{"image": "0.png", "text": []}', "is empty"),
     (b'{"image": "0.png", "text": "caf\xe9"}', "can't decode byte 0xe9"),
     (b'{"image": "%s", "text": "cat"}' % (b"0" * 300), "00"),  # OSError: name too long
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("line, reason", BAD, ids=range(len(BAD)))
@@ -270,7 +270,7 @@ DAMAGE = [
     ("text_offsets.npz", lambda x: x[:-9], "missing, truncated"), ("tokenizer.model", None, "is missing, or not"),
     ("tokenizer.model", lambda x: x[1:], "is missing, or not the one"),
     ("captions.jsonl", None, "missing or truncated"), ("captions.jsonl", lambda x: x[:9], "missing or truncated"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, change, message", DAMAGE, ids=range(len(DAMAGE)))
@@ -293,7 +293,7 @@ SPOILT = [
     ("tokens", "captions.jsonl", lambda x: x.replace(b'"c", ', b""), "line 2 is no list of 3 captions"),
     ("tokens", "captions.jsonl", lambda x: x.replace(b'["g"]', b'"g"'), "line 4 is no list of 1 captions"),
     ("tokens", "captions.jsonl", lambda x: x.replace(b"g", b"\xff"), "line 4 is no list of 1 captions"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, name, change, message", SPOILT, ids=range(len(SPOILT)))
@@ -364,13 +364,13 @@ def made(tmp_path_factory):
         Image.effect_noise((16, 16), 10 * i).convert("RGB").save(folder / f"{i}.png")
     (folder / "7.png").write_text("no picture")
     more = {"tokens": (("--text-pieces", "word"), ("--code-features", "--caption-loss-weight", 0.1)),
-            "t5": (("--t5", folder / "t5"), ())}  # fmt: skip
+            "t5": (("--t5", folder / "t5"), ())}
     with pytest.MonkeyPatch.context() as patch:
         for kind, (of_codes, of_gpt) in more.items():
             run(patch, encode, "--vq", folder / "vq.pt", "--data", path, "--size", 8, 12, "--crops", "center", "--text",
-                kind, "--text-length", 9, "--bad-share", 0.05, "--out", folder / kind, *of_codes)  # fmt: skip
+                kind, "--text-length", 9, "--bad-share", 0.05, "--out", folder / kind, *of_codes)
             run(patch, train_gpt, "--codes", folder / kind, "--preset", "tiny", "--max-steps", 3, "--batch-size", 8,
-                "--lr", 1e-2, "--out", folder / f"gpt_{kind}", *of_gpt)  # fmt: skip
+                "--lr", 1e-2, "--out", folder / f"gpt_{kind}", *of_gpt)
     return folder
 
 
@@ -427,7 +427,7 @@ def test_features_are_those_of_the_encoder(made, tmp_path):
 def paint_by_command(monkeypatch, made, kind, *more):
     """The first two pictures of the grid."""
     run(monkeypatch, sample, "--vq", made / "vq.pt", "--gpt", made / f"gpt_{kind}" / "gpt.pt", "--out",
-        made / "grid.png", "--cfg-scale", 9, *more)  # fmt: skip
+        made / "grid.png", "--cfg-scale", 9, *more)
     grid = Image.open(made / "grid.png")
     return [np.asarray(grid.crop((x, 4, x + 96, 68)).resize((12, 8), Image.NEAREST)) for x in (4, 104)]
 
@@ -443,7 +443,7 @@ def test_prompts_are_painted(kind, made, monkeypatch):
         path = made / "tokens" / "val" / "tokenizer.model"
         assert path.read_bytes() == content["text_model"].numpy().tobytes() == reader.model
         run(monkeypatch, encode, "--vq", made / "vq.pt", "--data", made / "pairs.jsonl", "--size", 8, "--text",
-            "tokens", "--text-model", path, "--bad-share", 0.05, "--out", made / "again")  # fmt: skip
+            "tokens", "--text-model", path, "--bad-share", 0.05, "--out", made / "again")
         assert CodeFile(made / "again" / "train").captions.model == path.read_bytes()
     else:
         assert codes["text"]["t5"] == f"{made / 't5'}" and "text_model" not in content
@@ -463,7 +463,7 @@ REFUSED = [
     ("t2i", ["--text", "cat", "--grid", "2x3"], "reads features of FLAN-T5-XL: give its folder with --t5"),
     ("t5", ["--text", "cat", "--t5", "wide"], "reads 48 channels a token, wide gives 64"),
     ("tokens", ["--text-file", "vq.pt"], "vq.pt is not text in UTF-8"), ("t5", ["--text-file", "none"], ".*No such"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, options, message", REFUSED, ids=range(len(REFUSED)))
@@ -513,7 +513,7 @@ def go_on(made, codes, model, **options):
     ("t5", dict(OURS, grid=(4, 4), cond="text", n_cond=9, text_dim=48, cond_rope="zero"), set(), "zero"),
     ("class", dict(TOKENS, cond_rope="zero"), {"embedding_table.weight"}, "identity"),
     ("class", dict(TOKENS, caption_loss_weight=0.5), {"embedding_table.weight"}, "identity"),
-], ids=["class to tokens", "another grid", "tokens to class", "tokens with caption loss to class"])  # fmt: skip
+], ids=["class to tokens", "another grid", "tokens to class", "tokens with caption loss to class"])
 def test_init_goes_on_with_another_condition_or_grid(to, start, fresh, rope, made):
     codes = LABELS if to == "class" else CodeFile(made / to / "train")
     model, new = go_on(made, codes, small_gpt(**start))

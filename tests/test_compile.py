@@ -23,14 +23,14 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
-}  # fmt: skip
+}
 SHARED_LIMIT = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}  # 99 KiB: RTX cards too
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SASS_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 CODE_DIMS = (8, 16, 32, 64, 128, 256)
 # Other dtypes, and odd sizes as in the tests, have tiles like these: for them sm_90 stands for all four.
 MORE_SEARCHES = ((4, "float32", True), (4, "bfloat16", True), (4, "float16", False), (8, "bfloat16", True),
-                 (100, "float32", False), (100, "bfloat16", True), (100, "float16", False))  # fmt: skip
+                 (100, "float32", False), (100, "bfloat16", True), (100, "float16", False))
 WIDTHS = (128, 768, 1280, 3200, 8192)  # tiny, B and L, XL to 1B, XXXL to 7B, and the widest supported
 ODD_WIDTHS = (1, 7, 32, 97, 200)
 HIDDEN = (384, 2048)  # tiny, and B to 7B
@@ -45,7 +45,7 @@ HEAVY = (  # names: every kernel, in the configurations that leave little room
     r"attention (fwd|dq|dkv) D=128 grouped", r"attention (fwd|dq|dkv) D=128 float32", r"rotate D=64",
     r"decode D=64 bfloat16", r"decode D=100 bfloat16 in 2 padded", r"add parts D=100",
     r"draw V=16384 bfloat16 guided top-k top-p", r"draw greedy", r"loss V=50257 bfloat16 \+ gradient",
-)  # fmt: skip
+)
 
 
 class FakeDriver:
@@ -69,7 +69,7 @@ class FakeDriver:
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
     for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases,
-                   loss_cases):  # fmt: skip
+                   loss_cases):
         yield from family(target)
 
 
@@ -101,7 +101,7 @@ def rms_norm_cases(target):
     # x, residual, whether the sum has a gradient of its own, dropout
     usual = ((bf16, None, False, False), (bf16, f32, True, False), (bf16, f32, True, True))
     more = ((f32, None, False, False), (f32, f32, True, False), (f32, f32, True, True), (bf16, bf16, True, False),
-            (bf16, bf16, True, True), (bf16, f32, False, False), (bf16, f32, False, True))  # fmt: skip
+            (bf16, bf16, True, True), (bf16, f32, False, False), (bf16, f32, False, True))
     runs = [(W, *run) for W in WIDTHS for run in usual]
     if target == "sm_90":
         runs += [(W, *run) for W in WIDTHS[:-1] for run in more] + [(W, bf16, f32, True, True) for W in ODD_WIDTHS]
@@ -147,7 +147,7 @@ def attention_cases(target):
         for kernel, args in {
             "fwd": (*six, dtype, f32, *numbers), "dq": (*six, dtype, dtype, f32, f32, dtype, T * W, W, *numbers),
             "dkv": (*six, dtype, f32, f32, dtype, dtype, T * W, W, *numbers),
-        }.items():  # fmt: skip
+        }.items():
             config = dict(file.launch_config(kernel, D, group, dtype == f32, arch), TURN=turn, PADDING=padding)
             per = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * TARGETS[target][2])
             name = f"attention {kernel} D={D} {kind}".strip()
@@ -303,7 +303,7 @@ def show(rows):
 def compile_all(targets, only, counted):
     sys.path.insert(0, str(ROOT))
     jobs = [(target, index) for target in targets or TARGETS for index, (name, *_) in enumerate(cases(target))
-            if re.fullmatch(only, name)]  # fmt: skip
+            if re.fullmatch(only, name)]
     with ProcessPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:  # beside another worker's tests
         return list(pool.map(functools.partial(compile_case, counted=counted), *zip(*jobs, strict=True), chunksize=2))
 

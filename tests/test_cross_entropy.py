@@ -211,7 +211,7 @@ def test_one_graph_for_every_number_of_rows():
 def test_the_model_s_loss_is_that_of_its_logits():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=2, dim=32, ffn_dim=48, vocab_size=20, num_classes=3, grid=(2, 3), dropout=0,
-                          cond_dropout=0))  # fmt: skip
+                          cond_dropout=0))
     model.see_codes(torch.randn(20, 4))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)

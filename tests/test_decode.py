@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, rea
 
 # B, S, H, G, D, and padding, more of it than keys, too
 SHAPES = [(2, 150, 2, 2, 64, None), (2, 150, 4, 2, 64, (70, 0)), (3, 70, 2, 2, 100, (0, 33, 90)),
-          (1, 70, 2, 1, 100, None), (3, 261, 2, 2, 16, (1, 200, 999)), (1, 1, 3, 1, 20, None)]  # fmt: skip
+          (1, 70, 2, 1, 100, None), (3, 261, 2, 2, 16, (1, 200, 999)), (1, 1, 3, 1, 20, None)]
 if DEVICE == "cuda":
     SHAPES += [(16, 256, 16, 16, 64, None), (2, 695, 32, 32, 100, (0, 119)), (3, 4096, 8, 2, 128, (0, 0, 4000))]
 
@@ -154,7 +154,7 @@ def test_layouts():
         kernels.use(mode)
         results = []
         for x in (qkv, torch.cat([qkv, qkv], 1)[:, : qkv.shape[1]], torch.cat([qkv[:, :1], qkv], 1)[:, 1:],
-                  torch.stack([qkv, qkv], 2)[..., 0]):  # fmt: skip
+                  torch.stack([qkv, qkv], 2)[..., 0]):
             apart = [x[0, :3].repeat(1, 1, 2, 1)[:, :, :11] for x in (k, v)]
             turned = [x[0, :3].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
             for caches in ([k[0, :3], v[0, :3]], apart, turned):
@@ -243,7 +243,7 @@ def test_what_it_refuses():
         (qkv, cos, sin, k[..., :8], v[..., :8], here, 2, 1, padding), (qkv, cos, sin, k, v[:1], here, 2, 1, padding),
         (qkv, cos, sin, k, v, here[0], 2, 1, padding), (qkv, cos, sin, k, v, here, 2, 1, padding[:1]),
         (qkv, cos, sin, k, v, here, 3, 2, padding), (qkv[0], cos, sin, k, v, here, 2, 1, None),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="decode_attention"):
             kernels.decode_attention(*wrong)
     wide = torch.zeros(2, 1, 1, 3, 136, device=DEVICE)

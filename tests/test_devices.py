@@ -20,7 +20,7 @@ from t5 import T5Config, T5Encoder
 from vq import VQConfig, VQModel, usage_and_perplexity
 
 FILES = [importlib.import_module(f"kernels.{name}") for name in
-         ("codebook", "cross_entropy", "decode", "rms_norm", "rope_attention", "sampling", "swiglu")]  # fmt: skip
+         ("codebook", "cross_entropy", "decode", "rms_norm", "rope_attention", "sampling", "swiglu")]
 OPERATORS = {op._opoverload: op._init_fn for file in FILES for op in vars(file).values() if hasattr(op, "_init_fn")}
 COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default  # from one device to another on purpose
 
@@ -111,11 +111,11 @@ def test_gpt(kind, launched):
     model.set_condition(cond="class", n_cond=1, text_vocab_size=0, caption_loss_weight=0)
     assert all(p.is_meta for p in model.parameters())
     check_launched(launched, "_rms_norm_bwd_kernel", "_swiglu_bwd_kernel", "_rope_attention_dkv_kernel",
-                   "_softmax_loss_kernel")  # fmt: skip
+                   "_softmax_loss_kernel")
 
 
 @pytest.mark.parametrize("kind, settings", [("class", dict(top_k=7)), ("text", dict(top_k=7, top_p=0.9)),
-                                            ("tokens", dict(greedy=True))], ids=str)  # fmt: skip
+                                            ("tokens", dict(greedy=True))], ids=str)
 def test_generate(kind, settings, launched, monkeypatch):
     monkeypatch.setattr(sample, "check_request", lambda *_: None)  # it reads the labels
     model, cond = make_gpt(kind)
@@ -152,7 +152,7 @@ def test_t5(launched):
 def test_what_is_caught(launched):
     x = meta(4)
     for mistake in (lambda: x + torch.zeros(4), lambda: x[torch.arange(2)], lambda: torch.zeros(()).add_(x.sum()),
-                    lambda: Launch("kernel", set())[1](x, torch.zeros(()))):  # fmt: skip
+                    lambda: Launch("kernel", set())[1](x, torch.zeros(()))):
         with pytest.raises(AssertionError, match="over tensors on"):
             mistake()
     assert (x + torch.ones(())).is_meta

@@ -100,7 +100,7 @@ def two(pictures, out, *more, part):
 
 
 @pytest.mark.parametrize("crops, flip, count", [("center", False, 1), ("center", True, 2), ("ten", False, 10),
-                                                ("ten", True, 20)])  # fmt: skip
+                                                ("ten", True, 20)])
 def test_crops_reach_processes_that_are_spawned(crops, flip, count):
     """As macOS starts those that read images: what they do is pickled."""
     crop, names = encode.choose_crops(argparse.Namespace(crops=crops, crop_scales=[1.1, 1.05]), flip)

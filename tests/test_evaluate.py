@@ -132,7 +132,7 @@ def test_names_of_the_published_file(network):
     for name in ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch5x5_2.bn.running_var", "Mixed_5d.branch_pool.conv.weight",
                  "Mixed_6a.branch3x3dbl_3.conv.weight", "Mixed_6e.branch7x7dbl_5.bn.bias", "fc.weight", "fc.bias",
                  "Mixed_7a.branch7x7x3_4.conv.weight", "Mixed_7c.branch3x3dbl_3b.conv.weight",
-                 "Mixed_7b.branch3x3_2a.bn.weight"):  # fmt: skip
+                 "Mixed_7b.branch3x3_2a.bn.weight"):
         assert name in names
     assert len([n for n in names if n.endswith("conv.weight")]) == 94 and len(BLOCKS) == 11
     sizes = sum(x.numel() for n, x in torch.load(network).items() if "running" not in n)
@@ -244,7 +244,7 @@ def test_folders_and_npz_are_read_alike(pictures, rows, network, tmp_path):
 
 def gen(monkeypatch, network, samples, ref, out, *more):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "gen", "--samples", str(samples), "--ref", str(ref), "--inception",
-                                      str(network), "--out", str(out), "--device", "cpu", *map(str, more)])  # fmt: skip
+                                      str(network), "--out", str(out), "--device", "cpu", *map(str, more)])
     evaluate.main()
     return json.loads(out.read_text())
 
@@ -316,7 +316,7 @@ def as_processes(count, target, codes=0):
 
     def one(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="localhost",
-                          MASTER_PORT=port)  # fmt: skip
+                          MASTER_PORT=port)
         target()
 
     started = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
@@ -351,7 +351,7 @@ def run_dir(tmp_path):
     save_file(tmp_path / "vq.pt", vq.checkpoint())
     meta = dict(tokenizer=str(tmp_path / "vq.pt"), tokenizer_sha256=file_sha256(tmp_path / "vq.pt"), notice="",
                 class_names=[f"c{i}" for i in range(10)], augmentations=["center", "other"],
-                image_size=[4, 8], data="none", split="val")  # fmt: skip
+                image_size=[4, 8], data="none", split="val")
     save_file(tmp_path / "gpt.pt", dict(gpt.checkpoint(), codes=meta))
     rng = np.random.default_rng(0)
     with CodeWriter(tmp_path / "codes", 45, (2, 4), 16, meta) as writer:
@@ -380,7 +380,7 @@ def test_likelihood(monkeypatch, run_dir):
     assert result["nats_per_class"]["c2"] == pytest.approx(float(third), rel=1e-5)
     one = dict(result)
     as_processes(2, lambda: call(monkeypatch, "likelihood", "--gpt", run_dir / "gpt.pt", "--codes", run_dir / "codes",
-                                 "--batch-size", 4))  # fmt: skip
+                                 "--batch-size", 4))
     two = json.loads((run_dir / "gpt.pt.likelihood.json").read_text())
     assert two["images"] == 45 and two["nats_per_token"] == pytest.approx(one["nats_per_token"], rel=1e-9)
 
@@ -491,7 +491,7 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
         ("names.npz", "holds no arr_0"), ("one.npz", "holds 1 image: statistics need two"),
         ("black.npz", r"same features \(all black\?\)"), ("text.npz", "not a readable npz"), ("none.npz", "no such"),
         ("empty", "holds no images"), ("sizes", "1.png is 40 x 20 pixels, 0.png 40 x"),
-    ):  # fmt: skip
+    ):
         where = "--inception", network, "--out", tmp_path / "out.json", "--cache", tmp_path / "cache"
         error = fails(monkeypatch, capsys, "gen", "--samples", tmp_path / name, "--ref", pictures / "a.npz", *where)
         assert re.search(message, error), error
@@ -513,9 +513,9 @@ def test_bad_references_and_networks(monkeypatch, capsys, network, pictures, tmp
         (pictures / "a.npz", tmp_path / "nan.pth", "a.npz: features are not finite"),
         (pictures / "a.npz", tmp_path / "short.pth", "missing fc.weight"),
         (pictures / "a.npz", tmp_path / "none.pth", r"none.pth is not there: fetch .*pth \(91 MiB\) from https"),
-    ):  # fmt: skip
+    ):
         error = fails(monkeypatch, capsys, "gen", "--samples", pictures / "a.npz", "--ref", tmp_path / ref,
-                      "--inception", weights, "--out", tmp_path / "out.json", "--cache", tmp_path)  # fmt: skip
+                      "--inception", weights, "--out", tmp_path / "out.json", "--cache", tmp_path)
         assert re.search(message, error), error
     assert not (tmp_path / "out.json").exists()
 

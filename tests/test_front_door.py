@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     save_file(folder / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
     meta = dict(tokenizer="vq.pt", tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12], notice="",
-                augmentations=["centre"], class_names=["tabby", "tiger", "husky"], data="x")  # fmt: skip
+                augmentations=["centre"], class_names=["tabby", "tiger", "husky"], data="x")
     for split in ("train", "val"):
         with CodeWriter(folder / "codes" / split, 3, (2, 3), 32, dict(meta, split=split)) as writer:
             writer.write(torch.zeros(3, 1, 6, dtype=torch.long), torch.arange(3))
@@ -140,7 +140,7 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
 
 def test_missing_published_files_have_an_address(tmp_path):
     for name, size, repo in (("vq_ds16_c2i.pt", "0.29", "FoundationVision/LlamaGen"), ("c2i_3B_384.pt", "12", None),
-                             ("t2i_XL_stage2_512.pt", "3.1", "peizesun/llamagen_t2i")):  # fmt: skip
+                             ("t2i_XL_stage2_512.pt", "3.1", "peizesun/llamagen_t2i")):
         address = f"https://huggingface.co/{repo or 'FoundationVision/LlamaGen'}/resolve/main/{name}"
         with pytest.raises(FileNotFoundError, match=re.escape(f"about {size} GB, is at {address} (--hub fetches it)")):
             VQModel.from_pretrained(tmp_path / name)
@@ -180,7 +180,7 @@ def test_hub(folder, tmp_path, monkeypatch, capsys):
         ("encode.py --vq vq_ds16_t2i.pt --data digits", "vq_ds16_t2i.pt could not be fetched from peizesun/"),
         ("encode.py --vq vq_ds16_c2.pt --data digits", "vq_ds16_c2.pt: no such file, and none that --hub"),
         ("train_gpt.py --codes codes --init vq.pt", "vq.pt: not a GPT but an image tokenizer"),
-    ):  # fmt: skip
+    ):
         assert sentence(f"{words} --hub --out out", monkeypatch, capsys).startswith(says)
     assert len(asked) == 3
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -245,7 +245,7 @@ RECIPES = {
     "imagenet_gpt.sh": ["B 256", "B 384", "L 256", "L 384", "XL 256", "XL 384", "XXL 384", "3B 384"],
     "evaluate_published.sh": ["vq16", "vq8", "B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384"],
     "demo.sh": [""], "demo_text.sh": [""], "emoji_text.sh": [""],
-}  # fmt: skip
+}
 
 
 def test_recipes_are_all_here():
@@ -293,7 +293,7 @@ def test_every_function_and_class_is_used():
     trees = [ast.parse(path.read_text()) for folder in (ROOT, ROOT / "kernels") for path in folder.glob("*.py")]
     used = Counter(name for tree in trees for name in names_in(tree))
     defined = {node.name for tree in trees for node in ast.walk(tree)
-               if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__")}  # fmt: skip
+               if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__")}
     by_libraries = {"forward", "train", "_apply", "add_usage", "_get_help_string", "_check_value", "parse_known_args",
-                    "storage_meta"}  # fmt: skip
+                    "storage_meta"}
     assert sorted(n for n in defined - by_libraries if not used[n] and not n.endswith("_ref")) == []

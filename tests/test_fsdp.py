@@ -65,7 +65,7 @@ def test_muon_and_bfloat16_are_near(codes, tmp_path):
     for more in (("--optimizer", "muon"), ("--dtype", "bfloat16")):
         one, two = tmp_path / more[1], tmp_path / f"{more[1]}2"
         children = [start_gpt(out, codes, *BARE, *more, "--max-steps", 8, *FSDP[3:], *fsdp, world=2)
-                    for out, fsdp in ((one, ()), (two, ("--fsdp",)))]  # fmt: skip
+                    for out, fsdp in ((one, ()), (two, ("--fsdp",)))]
         assert finish(sum(children, [])) == 4 * [0]
         losses = [torch.tensor(series(rows(out), "loss")) for out in (one, two)]
         torch.testing.assert_close(*losses, atol=0.02, rtol=0)
@@ -95,7 +95,7 @@ def test_a_sharded_run_goes_on_exactly_and_as_any_number_of_processes(codes, tmp
     assert set(finish(children)) == {0}
     again = {"two": (2, options), "one": (1, options), "plain": (0, options[1:])}
     children = [start_gpt(cut[name], codes, *how, "--resume", "--max-steps", 12, world=world)
-                for name, (world, how) in again.items()]  # fmt: skip
+                for name, (world, how) in again.items()]
     assert set(finish(sum(children, []))) == {0}
     assert same(load(whole / "gpt.pt"), load(cut["two"] / "gpt.pt"))
     a, b = (load(out / "state.pt" / "rest.pt") for out in (whole, cut["two"]))
@@ -114,7 +114,7 @@ def test_without_dropout_other_numbers_of_processes_are_equal(codes, tmp_path):
         children += start_gpt(out, codes, *options, "--max-steps", 10, world=world)
     assert set(finish(children)) == {0}
     children = [start_gpt(out, codes, *(options if world else [*BARE, *FSDP[1:]]), "--max-steps", 20, "--resume",
-                          world=world) for (_, world), out in outs.items()]  # fmt: skip
+                          world=world) for (_, world), out in outs.items()]
     assert set(finish(sum(children, []))) == {0}
     for out in outs.values():
         assert series(rows(out), "loss") == pytest.approx(series(rows(tmp_path / "one"), "loss"), rel=1e-5)
@@ -176,7 +176,7 @@ DAMAGE = {  # as the README lists it
                      ""),
     "a piece with code": (lambda path: traps(path / "__1_0.distcp"), "a piece holds more than weights"),
     "no rest": (lambda path: os.truncate(path / "rest.pt", 0), ""),
-}  # fmt: skip
+}
 
 
 def traps(path):
@@ -200,7 +200,7 @@ def test_damaged_pieces_leave_those_before(name, twice, codes, tmp_path, monkeyp
     assert f"{out / 'state.pt'}" in caplog.text and f"going on from {out / 'state.pt.previous'}" in caplog.text
     assert f"not a readable checkpoint ({reason}" in caplog.text
     assert " " not in name or not reason or (
-        f"| {name} | not a readable checkpoint ({reason}) |" in test_training.README)  # fmt: skip
+        f"| {name} | not a readable checkpoint ({reason}) |" in test_training.README)
     assert load(out / "state.pt")["step"] == 5
     for path in (out / "state.pt", out / "state.pt.previous"):
         checkpoints.remove(path)
@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_refused(twice, codes, tmp_path, monkeypatch):
     run(train_gpt, monkeypatch, tmp_path / "y", *gpt_options(codes, "--max-steps", 1))
     assert finish(start_gpt(tmp_path / "y", codes, *FSDP, "--resume", world=2)) == [2, 2]
     assert "other options (no --fsdp: go on without, or from the weights with --init)" in (
-        tmp_path / "y.0").read_text()  # fmt: skip
+        tmp_path / "y.0").read_text()
 
 
 def test_a_killed_sharded_run_goes_on(codes, tmp_path):
@@ -273,7 +273,7 @@ def test_a_full_disk_leaves_the_last_pieces(disk, codes, tmp_path):
     assert "no checkpoint at step 3, the last one stands" in said and "no checkpoint at step 4" in said
     assert "step 5, the last" not in said and load(out / "state.pt" / "rest.pt")["step"] == 6
     assert {name for name in os.listdir(out) if name.startswith("state")} == {
-        "state.pt", "state.pt.previous", "state_0000002.pt", "state_0000006.pt"}  # fmt: skip
+        "state.pt", "state.pt.previous", "state_0000002.pt", "state_0000006.pt"}
 
 
 def one_cannot_write(rank, number):

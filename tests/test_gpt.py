@@ -11,7 +11,7 @@ from sample import generate
 from vq import VQConfig, VQModel
 
 SMALL = dict(n_layer=2, n_head=4, dim=32, ffn_dim=48, vocab_size=20, num_classes=5, grid=(3, 4), dropout=0.0,
-             cond_dropout=0.0)  # fmt: skip
+             cond_dropout=0.0)
 TEXT = dict(cond="text", n_cond=5, text_dim=12)
 CASES = {
     "class": {}, "zero": dict(cond_rope="zero"), "gqa": dict(n_kv_head=2, grid=(2, 5)),
@@ -20,7 +20,7 @@ CASES = {
     "text": TEXT, "text zero": dict(TEXT, cond_rope="zero", n_kv_head=2),
     "padding": dict(TEXT, padding=(0, 2, 5), n_kv_head=2),
     "padding zero": dict(TEXT, padding=(1, 4, 3), cond_rope="zero"),
-}  # fmt: skip
+}
 
 
 def randomize(model):
@@ -54,7 +54,7 @@ def case(name, **changes):
 # Sizes
 
 @pytest.mark.parametrize("preset, millions", [
-    ("B", 110.9), ("L", 342.9), ("XL", 774.7), ("XXL", 1411), ("3B", 3097)], ids=str)  # fmt: skip
+    ("B", 110.9), ("L", 342.9), ("XL", 774.7), ("XXL", 1411), ("3B", 3097)], ids=str)
 def test_presets_have_the_published_sizes(preset, millions):
     with torch.device("meta"):
         model = GPT(GPTConfig(**PRESETS[preset]))
@@ -73,7 +73,7 @@ def test_other_presets(preset, sizes):
 @pytest.mark.parametrize("change, message", [
     (dict(n_head=3), "32 over 3 heads"), (dict(dim=24), "multiple of 4"), (dict(n_kv_head=3), "no multiple of n_kv"),
     (dict(grid=(4,)), "rows, columns"), (dict(grid=(0, 4)), "rows, columns"), (dict(cond="image"), "cond has to be"),
-    (dict(cond_rope="none"), "cond_rope has to be"), (dict(n_cond=2), "one condition token")], ids=str)  # fmt: skip
+    (dict(cond_rope="none"), "cond_rope has to be"), (dict(n_cond=2), "one condition token")], ids=str)
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**SMALL | change)
@@ -214,7 +214,7 @@ def test_training_by_kernels(name, sizes, kernels_mode):
 
 
 @pytest.mark.parametrize("tokens", [torch.zeros(2, 12, dtype=torch.long), torch.zeros(11, dtype=torch.long)],
-                         ids=["too many", "no batch"])  # fmt: skip
+                         ids=["too many", "no batch"])
 def test_tokens_that_do_not_fit_are_refused(tokens):
     with pytest.raises(ValueError, match=r"do not fit the grid \(3, 4\)"):
         small()(tokens, torch.zeros(2, dtype=torch.long))
@@ -335,7 +335,7 @@ def test_files_keep_w1_and_w3_apart():
     state = model.state_dict()
     names = {name.removeprefix("layers.0.") for name in state if name.startswith("layers.0.")}
     assert names == {"attention.wqkv.weight", "attention.wo.weight", "feed_forward.w1.weight", "feed_forward.w2.weight",
-                     "feed_forward.w3.weight", "attention_norm.weight", "ffn_norm.weight"}  # fmt: skip
+                     "feed_forward.w3.weight", "attention_norm.weight", "ffn_norm.weight"}
     assert {n for n in state if "layers" not in n} == {
         "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"}
     w13 = model.layers[1].feed_forward.w13.weight
@@ -435,7 +435,7 @@ def test_a_published_text_model_paints_what_float64_says(tmp_path):
     shapes = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in block.items()}
     shapes |= {"tok_embeddings.weight": (20, 768), "norm.weight": (768,), "output.weight": (20, 768),
                "cls_embedding.cap_proj.fc1.weight": (768, 12), "cls_embedding.cap_proj.fc2.weight": (768, 768),
-               "cls_embedding.uncond_embedding": (5, 12)}  # fmt: skip
+               "cls_embedding.uncond_embedding": (5, 12)}
     scale = {"norm.weight": 1.0, "tok_embeddings.weight": 1.0, "cls_embedding.cap_proj.fc1.weight": 0.3}
     weights = {name: torch.randn(shape, generator=generator) * scale.get(name, 0.05) for name, shape in shapes.items()}
     for name in (n for n in weights if n.endswith("norm.weight")):

@@ -73,10 +73,10 @@ def layout(x, kind):
 
 ROWS = [((4, 9, 1024), "plain"), ((3, 5, 1280), "columns"), ((7, 768), "strided"), ((5, 3, 97), "transposed"),
         ((131, 7), "plain"), ((3, 1), "plain"), ((2, 8192), "plain"), ((70,), "strided"),
-        ((0, 64), "plain"), ((2, 0, 64), "plain")]  # fmt: skip
+        ((0, 64), "plain"), ((2, 0, 64), "plain")]
 
 PAIRS = [((3, 5, 2 * 2816), "plain"), ((4, 2 * 1031), "columns"), ((6, 2 * 96), "strided"), ((4, 3, 256), "transposed"),
-         ((37, 2 * 3), "plain"), ((5, 2), "plain"), ((0, 64), "plain"), ((2, 0, 64), "plain")]  # fmt: skip
+         ((37, 2 * 3), "plain"), ((5, 2), "plain"), ((0, 64), "plain"), ((2, 0, 64), "plain")]
 
 
 @pytest.mark.parametrize("residual", [None, "same", torch.float32, torch.float16], ids=name)
@@ -110,7 +110,7 @@ def dropped(x, weight, residual, share=0.3):
 def test_rms_norm_dropout(shape, kind, dtype, residual):
     stream, ones = dtype if residual == "same" else residual, torch.ones(shape, device=DEVICE)
     inputs = [layout(torch.randn(shape, device=DEVICE).to(dtype), kind), torch.rand(shape[-1], device=DEVICE) + 0.5,
-              layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind)]  # fmt: skip
+              layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind)]
     upstream = [torch.randn(shape, device=DEVICE).to(t) for t in (dtype, stream)]
     factor = dropped(ones, ones.new_ones(shape[-1]), torch.zeros_like(ones))[1]
     torch.testing.assert_close(factor.unique(), factor.unique().where(factor.unique() == 0, 1 / 0.7))
@@ -181,7 +181,7 @@ def unit(*shape):
 
 
 SEARCHES = [(300, 1000, 8), (129, 517, 4), (64, 1, 8), (1, 3, 5), (130, 131, 16), (67, 300, 31), (100, 260, 64),
-            (40, 130, 100), (50, 140, 256)]  # fmt: skip
+            (40, 130, 100), (50, 140, 256)]
 
 
 @pytest.mark.parametrize("l2", [True, False], ids=["l2", "euclid"])
@@ -299,7 +299,7 @@ def test_nearest_code_arithmetic_at_full_size(D, K, share):
     scale = torch.exp2(14 - norms.max().log2().floor())
     (z_hi, z_lo), (e_hi, e_lo) = parts(z, z_scale), parts(codes, scale)
     order = [(z_lo, e_hi), (z_lo, e_lo), (z_hi, e_hi), (z_hi, e_lo)] if D <= 8 else [
-        (z_lo, e_hi), (z_hi, e_lo), (z_hi, e_hi)]  # fmt: skip
+        (z_lo, e_hi), (z_hi, e_lo), (z_hi, e_hi)]
     a, b = (torch.cat(side, 1) for side in zip(*order, strict=True))
     b, margin = b.t().contiguous(), config["MARGIN"] * (z * z_scale).norm(dim=1) * (norms.max() * scale)
 
@@ -341,7 +341,7 @@ def test_opcheck():
         (ops.swiglu_backward, (x.detach()[:, :20], x.detach())),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), True, True)),
         (ops.nearest_code, (unit(7, 8), unit(9, 8), False, False)),
-    ):  # fmt: skip
+    ):
         torch.library.opcheck(op.default, args)
 
 
@@ -422,7 +422,7 @@ def test_unserved_gpu_falls_back_with_one_warning(monkeypatch):
     ("import kernels", "RuntimeError: Triton kernels cannot run: PyTorch sees no GPU."),
     ("import os, sys; sys.modules['triton'] = None; del os.environ['NANOLLAMAGEN_KERNELS']\n"
      "import kernels, torch; kernels.swiglu(torch.ones(2, 4)); kernels.use('triton')", "RuntimeError: Triton kernels"),
-], ids=["asked for by the environment", "without the package triton"])  # fmt: skip
+], ids=["asked for by the environment", "without the package triton"])
 def test_where_triton_cannot_run(code, says):
     env = {**os.environ, "NANOLLAMAGEN_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, rea
 # B, T, H, Hkv, D, and padding: every row of queries has one that sees a single key, where T is 1 or padding is T - 1
 SHAPES = [(2, 17, 4, 4, 16, None), (2, 1, 1, 1, 100, (0, 0)), (2, 67, 2, 1, 20, (0, 66)), (1, 257, 1, 1, 64, (140,)),
           (1, 131, 2, 1, 100, (5,)), (1, 256, 1, 1, 128, None), (3, 67, 4, 1, 64, (0, 66, 67)),
-          (2, 21, 8, 2, 16, (3, 40))]  # fmt: skip
+          (2, 21, 8, 2, 16, (3, 40))]
 if DEVICE == "cuda":
     SHAPES += [(4, 256, 12, 12, 64, None), (2, 1024, 16, 4, 64, (0, 120)), (2, 1024, 8, 8, 100, (0, 1023)),
-               (2, 1021, 16, 1, 128, None), (1, 4096, 2, 2, 64, (77,)), (3, 375, 20, 20, 64, (0, 119, 60))]  # fmt: skip
+               (2, 1021, 16, 1, 128, None), (1, 4096, 2, 2, 64, (77,)), (3, 375, 20, 20, 64, (0, 119, 60))]
 
 
 def make(B, T, H, Hkv, D, padding, dtype, zeros=3):
@@ -63,7 +63,7 @@ def test_torch_path(Hkv, padding):
         check(
             lambda x, where=where: kernels.rope_attention(x, *where),
             lambda x, where=where: rope_file.rope_attention_ref(x, *where), [qkv], [upstream],
-        )  # fmt: skip
+        )
 
 
 def test_padding_is_not_seen():
@@ -102,7 +102,7 @@ def test_where_the_rotation_is_done():
         (256, 64, 1, False, "sm_90", True), (256, 64, 1, False, "sm_100", True), (256, 64, 1, False, "sm_80", False),
         (1024, 64, 1, False, "sm_90", False), (256, 100, 1, False, "sm_90", False), (256, 64, 2, False, "sm_90", False),
         (256, 64, 1, True, "sm_90", False),
-    ):  # fmt: skip
+    ):
         assert rope_file.rotates_inside(T, D, group, masked, arch) is inside
 
 
@@ -180,7 +180,7 @@ def test_what_it_refuses():
         (qkv[..., 1:], cos, sin, 2, 1, padding), (qkv, cos[1:], sin, 2, 1, padding),
         (qkv, cos, sin[:, 1:], 2, 1, padding), (qkv, cos, sin, 3, 2, padding), (qkv, cos, sin, 2, 1, padding[:1]),
         (qkv[0], cos, sin, 2, 1, None),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="rope_attention"):
             kernels.rope_attention(*wrong)
     with pytest.raises(RuntimeError, match="132 channels"):

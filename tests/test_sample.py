@@ -131,7 +131,7 @@ def test_images_do_not_depend_on_their_neighbours(scale):
 @pytest.mark.xfail(
     torch.__version__ < "2.13" and not torch.cpu._is_avx512_supported(), strict=False,
     reason="oneDNN of torch 2.11 rounds by the number of rows on CPUs without AVX-512",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batches_of_1_3_and_8_at_the_width_of_a_real_model(dtype):
     """Matrix libraries choose their kernel by the size of the batch: rows must not notice."""
@@ -297,7 +297,7 @@ def test_command_reads_published_files(files, monkeypatch):
     published = ("--vq", files / "vq_ds2_c2i.pt", "--gpt", files / "c2i_XXL.pt", "--seed", 2, "--classes", "2,1,1")
     run(monkeypatch, *published, "--grid", "2x4", "--out", files / "a.png")
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--seed", 2, "--classes", "cow,dog,dog",
-        "--out", files / "b.png")  # fmt: skip
+        "--out", files / "b.png")
     for i in range(3):
         np.testing.assert_array_equal(tile(files / "a.png", i, 0, 48, 96), tile(files / "b.png", i, 0, 48, 96))
     run(monkeypatch, *published, "--grid", "4x2", "--out", files / "a.png")
@@ -326,7 +326,7 @@ def test_published_classes_have_names(files, monkeypatch):
 
 def long_run(files, monkeypatch, name, *more):
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--batch-size", 2, "--top-k", 9,
-        "--npz", files / f"{name}.npz", "--folder", files / name, "--out", files / f"{name}.png", *more)  # fmt: skip
+        "--npz", files / f"{name}.npz", "--folder", files / name, "--out", files / f"{name}.png", *more)
     with np.load(files / f"{name}.npz") as content:
         return content["arr_0"], content["arr_1"]
 
@@ -400,7 +400,7 @@ def test_two_processes_paint_what_one_does(files, monkeypatch, how):
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
         )
         run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--batch-size", 2, "--top-k", 9,
-            "--out", files / "two.png", *more)  # fmt: skip
+            "--out", files / "two.png", *more)
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -420,7 +420,7 @@ def test_two_processes_paint_what_one_does(files, monkeypatch, how):
         assert (files / "two.png").read_bytes() == (files / "one.png").read_bytes()
     else:
         run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 11, "--top-k", 9,
-            "--out", files / "one.png")  # fmt: skip
+            "--out", files / "one.png")
         assert (files / "two.png").read_bytes() == (files / "one.png").read_bytes()
         assert not (files / "two.png.parts").exists()
 

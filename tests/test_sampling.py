@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, rea
 
 V, LAST = 96, float(np.nextafter(np.float32(1), np.float32(0)))
 SETTINGS = [dict(), dict(top_k=7), dict(top_p=0.8), dict(top_k=20, top_p=0.6, temperature=0.7), dict(top_p=0.3),
-            dict(temperature=3.0, top_k=1), dict(top_k=V + 5, top_p=0.999)]  # fmt: skip
+            dict(temperature=3.0, top_k=1), dict(top_k=V + 5, top_p=0.999)]
 INDEX = torch.zeros(1, dtype=torch.long, device=DEVICE)
 
 
@@ -199,7 +199,7 @@ def test_noise_of_the_step_and_neighbours(mode):
     (dict(temperature=0.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
     (dict(temperature=float("inf")), "temperature"), (dict(top_k=-1), "top_k"), (dict(top_p=0.0), "top_p"),
     (dict(top_p=1.5), "top_p"), (dict(top_p=float("nan")), "top_p"),
-], ids=lambda x: "" if isinstance(x, str) else next(iter(x)))  # fmt: skip
+], ids=lambda x: "" if isinstance(x, str) else next(iter(x)))
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         kernels.draw_codes(**dict(logits=torch.zeros(3, V), noise=torch.zeros(3, 1), index=INDEX.cpu()) | settings)

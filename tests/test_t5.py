@@ -15,9 +15,9 @@ from t5 import T5Config, T5Encoder, clean_caption, relative_buckets
 
 TINY = dict(d_model=48, d_ff=80, num_layers=3, num_heads=4, d_kv=16, vocab_size=160)
 WORDS = ["a red heart left of a blue cat", "two dogs play in the snow", "the number seven, in green", "quick brown fox",
-         "émile's café: 12 pictures!", "the cat and the heart"]  # fmt: skip
+         "émile's café: 12 pictures!", "the cat and the heart"]
 DIFFICULT = ["", " ", "a cat", "A Cat  with   spaces", "cat\tdog\nheart", "x" * 700, "red heart " * 60, "émile e\u0301",
-             "🐱 cat 🐱", "猫 and 犬", "12,000.5%", "fox\u200bfox", "¿qué?"]  # fmt: skip
+             "🐱 cat 🐱", "猫 and 犬", "12,000.5%", "fox\u200bfox", "¿qué?"]
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def spiece(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS * 20), model_prefix=str(path), vocab_size=60, pad_id=0, eos_id=1, unk_id=2,
         bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     return path.with_suffix(".model")
 
 
@@ -118,7 +118,7 @@ def test_features_equal_transformers(published, side, length):
 @pytest.mark.parametrize("sizes", [
     dict(d_model=512, d_ff=1024, num_layers=8, num_heads=6, d_kv=64, vocab_size=32128),  # small: heads of 384 in all
     dict(d_model=2048, d_ff=5120, num_layers=2, num_heads=32, d_kv=64, vocab_size=256),  # two layers of xl
-], ids=["small", "xl"])  # fmt: skip
+], ids=["small", "xl"])
 def test_published_sizes(transformers, sizes):
     torch.manual_seed(0)
     model = transformers.T5EncoderModel(reference_config(transformers, **sizes)).eval()
@@ -188,7 +188,7 @@ def test_clean_caption():
         "A Red  Heart": "a red heart", "see https://a.com/b?c=1 now": "see now", "<b>bold</b> cat": "bold cat",
         "by @someone, a cat": "by , a cat", "猫 cat": "cat", "wow!!!": "wow!", "img_0001.jpg cat": "cat",
         "cat jc6640vc": "cat", "cat &amp;amp; dog": "cat & dog", "“cat” – dog": "cat\" - dog", "": "",
-    }.items():  # fmt: skip
+    }.items():
         assert clean_caption(text) == clean and clean_caption(clean) == clean, text
 
 
@@ -235,7 +235,7 @@ def test_bin_files_of_the_whole_model(transformers, published, spiece, tmp_path,
 def test_folders_that_are_refused(published, spiece, tmp_path):
     model, good = published
     with pytest.raises(FileNotFoundError, match=r"flan-t5-base: no such folder; google/flan-t5-base as downloaded .* "
-                       r"has config.json, spiece.model and model.safetensors"):  # fmt: skip
+                       r"has config.json, spiece.model and model.safetensors"):
         T5Encoder.from_pretrained(tmp_path / "flan-t5-base")
 
     def changed(name, content):
@@ -262,7 +262,7 @@ def test_folders_that_are_refused(published, spiece, tmp_path):
         ("config.json", dict(config, d_ff=81), r"wi_0.weight is \[80, 48\], expected \[81, 48\]"),
         ("config.json", dict(config, vocab_size=20), "not the tokenizer of a T5 with 20 tokens"),
         ("config.json", {k: v for k, v in config.items() if k != "d_ff"}, "config.json: its config is not one"),
-    ):  # fmt: skip
+    ):
         content = json.dumps(content).encode() if isinstance(content, dict) else content
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             T5Encoder.from_pretrained(changed(name, content))

@@ -63,7 +63,7 @@ def codes(tmp_path_factory):
     torch.manual_seed(0)
     save_file(folder / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
     meta = dict(tokenizer=str(folder / "vq.pt"), tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12],
-                augmentations=["a", "b"], class_names=["cat", "dog", "cow"], data="x", notice="")  # fmt: skip
+                augmentations=["a", "b"], class_names=["cat", "dog", "cow"], data="x", notice="")
     for split, n in (("train", 12), ("val", 4)):
         with CodeWriter(folder / "codes" / split, n, (2, 3), 32, dict(meta, split=split)) as writer:
             writer.write(torch.randint(32, (n, 2, 6)), torch.arange(n) % 3)
@@ -109,14 +109,14 @@ def same(a, b):
 def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
     rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
         pictures, *NO_DISC, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--save-every", 2,
-        "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))  # fmt: skip
+        "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json", "log.jsonl", "loss.png", "reconstructions.png", "reconstructions_000002.png",
-        "reconstructions_000004.png", "result.json", "state.pt", "state.pt.previous", "vq.pt"]  # fmt: skip
+        "reconstructions_000004.png", "result.json", "state.pt", "state.pt.previous", "vq.pt"]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and len(series(rows, "val_loss")) == 3
     assert set(steps[0]) == {"step", "loss", "mse", "codebook", "commitment", "entropy", "grad_norm", "lr", "usage",
-                             "perplexity", "dt_ms", "images_per_s", "mem_gib"}  # fmt: skip
+                             "perplexity", "dt_ms", "images_per_s", "mem_gib"}
     for row in steps:
         parts = sum(row[name] for name in ("mse", "codebook", "commitment", "entropy"))
         assert math.isclose(row["loss"], parts, rel_tol=1e-4) and row["lr"] == 2e-3 and 0 < row["usage"] <= 1
@@ -134,7 +134,7 @@ def test_run_folder_of_the_gpt(codes, tmp_path, monkeypatch):
         codes, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--n-kv-head", 1, "--cond-rope", "zero"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "codes.png", "config.json", "gpt.pt", "log.jsonl", "loss.png", "result.json", "samples.png",
-        "samples_000002.png", "samples_000004.png", "state.pt"]  # fmt: skip
+        "samples_000002.png", "samples_000004.png", "state.pt"]
     steps = [row for row in rows if "loss" in row]
     assert set(steps[0]) == {"step", "loss", "grad_norm", "lr", "dt_ms", "tokens_per_s", "mem_gib"}
     assert len(steps) == 5
@@ -203,7 +203,7 @@ def test_critic_learns_to_separate_before_it_is_asked(pictures, tmp_path, monkey
 
 
 @pytest.mark.parametrize("more", [(), ("--disc-loss", "non-saturating"), ("--adaptive-disc-weight",)],
-                         ids=["hinge", "non-saturating", "adaptive"])  # fmt: skip
+                         ids=["hinge", "non-saturating", "adaptive"])
 def test_generator_feels_the_critic(pictures, tmp_path, monkeypatch, more):
     options = vq_options(pictures, "--max-steps", 3, "--disc-start", 0, "--disc-warmup", 0, *more)
     rows, asked = run(train_vq, monkeypatch, tmp_path / "a", *options), {}
@@ -218,7 +218,7 @@ def test_perceptual_loss_and_bfloat16(pictures, codes, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vq, "LPIPS", lambda: losses.LPIPS(random_weights=True))
     rows = run(train_vq, monkeypatch, tmp_path / "vq", *vq_options(
         pictures, "--max-steps", 2, "--perceptual-weight", 2, "--dtype", "bfloat16", "--disc-start", 0,
-        "--adaptive-disc-weight", "--batch-size", 2))  # fmt: skip
+        "--adaptive-disc-weight", "--batch-size", 2))
     assert series(rows, "perceptual")[0] > 0 and all(math.isfinite(v) for row in rows for v in row.values())
     assert series(rows, "val_loss")[-1] > 0.01
     rows = run(train_gpt, monkeypatch, tmp_path / "gpt", *gpt_options(
@@ -253,7 +253,7 @@ RUNS = {
         p, "--model-dropout", 0.1, "--disc-start", 2, "--disc-warmup", 1, "--kmeans-step", 2, "--restart-every", 4,
         "--micro-batch-size", 4), 9),
     "gpt": (train_gpt, "gpt.pt", lambda p, c: gpt_options(c, "--micro-batch-size", 4, "--optimizer", "muon"), 6),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -261,7 +261,7 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
     """Killed in step 6 of 7 after the checkpoint of step 4: the same weights, states and log as without."""
     script, file, options, updates = RUNS[name]
     options = (*options(pictures, codes), "--max-steps", 7, "--save-every", 4, "--eval-every", 3, "--picture-every", 3,
-               "--schedule", "cosine", "--warmup-steps", 2, "--ema", 0.8, "--lr", 1e-3)  # fmt: skip
+               "--schedule", "cosine", "--warmup-steps", 2, "--ema", 0.8, "--lr", 1e-3)
     rows = run(script, monkeypatch, tmp_path / "whole", *options)
     revive = kill_at(monkeypatch, updates)
     with pytest.raises(Killed):
@@ -271,7 +271,7 @@ def test_resuming_is_exact(name, pictures, codes, tmp_path, monkeypatch):
     resumed = run(script, monkeypatch, tmp_path / "cut", *options, "--resume")
     timing = ("dt_ms", "images_per_s", "tokens_per_s", "mem_gib")
     assert [{k: v for k, v in row.items() if k not in timing} for row in rows] == [
-        {k: v for k, v in row.items() if k not in timing} for row in resumed]  # fmt: skip
+        {k: v for k, v in row.items() if k not in timing} for row in resumed]
     for path in (file, "state.pt"):
         whole, cut = (torch.load(tmp_path / run / path, weights_only=True) for run in ("whole", "cut"))
         assert whole.pop("elapsed", 0) != cut.pop("elapsed", 1)
@@ -335,7 +335,7 @@ def test_max_minutes_ends_the_run(name, pictures, codes, tmp_path, monkeypatch):
     script = RUNS[name][0]
     options = vq_options(pictures, *NO_DISC) if name == "vq" else gpt_options(codes)
     rows = run(script, monkeypatch, tmp_path, *options, "--max-minutes", 0.04, "--max-steps", 10**6, "--log-every",
-               10**5, "--schedule", "cosine", "--lr", 1e-3)  # fmt: skip
+               10**5, "--schedule", "cosine", "--lr", 1e-3)
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 < result["steps"] < 5000 and 2.4 <= result["seconds"] < 5
     last = [row for row in rows if "loss" in row][-1]  # logged although no interval was complete
@@ -353,7 +353,7 @@ def test_tokenizer_goes_on_from_weights_alone(pictures, tmp_path, monkeypatch):
     before = json.loads((tmp_path / "a" / "result.json").read_text())
     for init in (tmp_path / "a" / "vq.pt", tmp_path / "p.pt"):
         rows = run(train_vq, monkeypatch, tmp_path / "b", *options, "--max-steps", 1, "--lr", 1e-9, "--init", init,
-                   "--beta", 0.5, "--usage-window", 100)  # fmt: skip
+                   "--beta", 0.5, "--usage-window", 100)
         assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
         config = VQModel.from_pretrained(tmp_path / "b" / "vq.pt").config
         assert (config.beta, config.usage_window, config.patch) == (0.5, 100, 2)
@@ -455,7 +455,7 @@ def test_check_data_names_all_and_trains_nothing(script, workers, bad_pictures, 
 
 def test_encode_leaves_unreadable_pictures_out_of_everything(bad_pictures, codes, tmp_path, monkeypatch, caplog):
     words = ("--vq", codes.parent / "vq.pt", "--data", bad_pictures, "--size", 8, 12, "--crops", "center", "--text",
-             "tokens", "--text-pieces", "word", "--device", "cpu", "--out", tmp_path / "codes")  # fmt: skip
+             "tokens", "--text-pieces", "word", "--device", "cpu", "--out", tmp_path / "codes")
     assert run_command(encode, monkeypatch, *words, "--bad-share", 0.4) == 0
     assert sum("unreadable image left out: " in message for message in caplog.messages) == 12
     file, tokenizer = CodeFile(tmp_path / "codes" / "train"), VQModel.from_pretrained(codes.parent / "vq.pt")
@@ -479,7 +479,7 @@ def test_check_data_of_codes(codes, tmp_path, monkeypatch, capsys):
     train, val = capsys.readouterr().out.splitlines()
     usage, perplexity = vq.usage_and_perplexity(counts)
     assert train == (f"{folder}/train: 12 images x 2 crops of (2, 3) codes; {usage:.1%} of 32 codes used, perplexity "
-                     f"{perplexity:.1f}; 3 classes of 4 to 4 images")  # fmt: skip
+                     f"{perplexity:.1f}; 3 classes of 4 to 4 images")
     assert val.startswith(f"{folder}/val: 4 images x 2 crops")
     raw = bytearray((folder / "val" / "codes.npy").read_bytes())
     raw[-2:] = b"\x20\x00"  # code 32
@@ -501,7 +501,7 @@ def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
     assert seen == [mirrored]
     monkeypatch.setattr(sys, "argv", [
         "encode.py", "--vq", str(tmp_path / "vq" / "vq.pt"), "--data", str(pictures), "--size", "16", "24", flag,
-        "--out", str(tmp_path / "codes"), "--crop-scales", "1.1"])  # fmt: skip
+        "--out", str(tmp_path / "codes"), "--crop-scales", "1.1"])
     encode.main()
     file = CodeFile(tmp_path / "codes" / "train")
     assert file.codes.shape == (38, 10 if mirrored else 5, 24) and file.grid == (4, 6)
@@ -608,7 +608,7 @@ def test_presets_of_the_scripts_are_those_of_the_models():
 
 def test_codes_of_the_average_move_with_the_model(tmp_path, monkeypatch):
     run(train_vq, monkeypatch, tmp_path, "--data", "digits", "--size", 32, "--perceptual-weight", 0, "--disc-weight", 0,
-        "--batch-size", 8, "--max-steps", 3, "--kmeans-step", 2, "--ema", 0.999, "--lr", 1e-9)  # fmt: skip
+        "--batch-size", 8, "--max-steps", 3, "--kmeans-step", 2, "--ema", 0.999, "--lr", 1e-9)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     name = "quantize.embedding.weight"
     torch.testing.assert_close(state["ema"][name], state["model"][name])

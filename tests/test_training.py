@@ -105,7 +105,7 @@ def test_a_signal_stops_after_the_step(name, pictures, codes, tmp_path):
     (script, options, number, world), whole, cut = SIGNALS[name], tmp_path / "whole", tmp_path / "cut"
     options = (*options(pictures, codes), "--max-steps", 10, "--ema", 0.8, "--lr", 1e-3, "--schedule", "cosine")
     alone, children = (start(script.main, whole, *options, world=world),
-                       start(script.main, cut, *options, world=world, before=slow))  # fmt: skip
+                       start(script.main, cut, *options, world=world, before=slow))
     wait(cut / "log.jsonl", r'"step": 3, .*\n')
     os.kill(children[-1].pid, number)
     assert set(finish(alone + children)) == {0}
@@ -201,7 +201,7 @@ def test_a_bad_step_of_one_process_changes_nothing_in_either(tmp_path):
 def test_bad_steps_are_counted_and_left_out_of_means(caplog):
     count, means = training.BadSteps(4), training.Means()
     for norms, found in (("11", {}), ("x1x", {"bad_steps": 2}), ("xx", {"bad_steps": 2}), ("11", {}),
-                         ("xxx1", {"bad_steps": 3}), ("1", {}), ("xxx", {"bad_steps": 3})):  # fmt: skip
+                         ("xxx1", {"bad_steps": 3}), ("1", {}), ("xxx", {"bad_steps": 3})):
         for norm in norms:
             count.add(torch.tensor(math.nan if norm == "x" else 1.0))
         assert count.pop(7) == found
@@ -251,7 +251,7 @@ TWO = {
     "four pairs": (train_vq, lambda p, c: vq_options(p, *NO_DISC, "--lr", 1e-3, "--micro-batch-size", 2), 8, 8, 1e-5),
     "critic": (train_vq, lambda p, c: vq_options(p, "--lr", 1e-3, "--disc-start", 14, "--disc-warmup", 5),
                20, 14, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -282,7 +282,7 @@ COMPILED = {
     "two": (train_gpt, lambda p, c: gpt_options(c, "--lr", 1e-3, "--dropout", 0.3, "--micro-batch-size", 2,
                                                "--activation-checkpointing"), 2),
     "sharded": (train_gpt, lambda p, c: gpt_options(c, *BARE, "--fsdp", "--activation-checkpointing"), 2),
-}  # fmt: skip
+}
 
 
 def trace_only(graphs):
@@ -370,7 +370,7 @@ DAMAGE = {  # as the README lists it
                            "torch.save wrote no such file"),
     "a file of torch.save with code": (lambda path: torch.save({"model": Trap()}, path),
                                        "it holds more than weights and plain values"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -416,7 +416,7 @@ def test_a_resumed_run_decays_as_its_own_options_say(codes, tmp_path, monkeypatc
     run(train_gpt, monkeypatch, tmp_path, *options, 2, "--weight-decay", 0.7, "--beta2", 0.5, "--resume")
     state = load(tmp_path / "state.pt")["adamw"]
     assert [(group["weight_decay"], group["betas"]) for group in state["param_groups"]] == [
-        (0.7, (0.9, 0.5)), (0.0, (0.9, 0.5))]  # fmt: skip
+        (0.7, (0.9, 0.5)), (0.0, (0.9, 0.5))]
     assert state["state"][0]["step"] == 2
 
 
@@ -485,7 +485,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(until, disk, codes, monkeypatch,
         assert re.search("error: .*the last checkpoint could not be written, the one before", capsys.readouterr().err)
     assert list(map(int, re.findall("no checkpoint at step (.)", caplog.text))) == list(range(3, min(until, 7)))
     assert {name for name in os.listdir(out) if ".pt" in name} == {"state.pt", "state.pt.previous", "gpt.pt"} | {
-        f"{name}_{step:07}.pt" for name in ("state", "gpt") for step in {2, last}}  # fmt: skip
+        f"{name}_{step:07}.pt" for name in ("state", "gpt") for step in {2, last}}
     assert all(load(path)["step"] == last for path in (out / "state.pt", out / "gpt.pt"))
     assert series(rows(out), "step")[:6] == list(range(1, 7))
 
@@ -504,7 +504,7 @@ def test_checkpoints_that_stay(codes, tmp_path, monkeypatch):
     run(train_gpt, monkeypatch, tmp_path, *gpt_options(codes, "--max-steps", 9, "--save-every", 2, "--keep-every", 4))
     assert {path.name: load(path)["step"] for path in tmp_path.iterdir() if ".pt" in path.name} == {
         "state.pt": 9, "gpt.pt": 9, "state.pt.previous": 8, "state_0000004.pt": 4, "gpt_0000004.pt": 4,
-        "state_0000008.pt": 8, "gpt_0000008.pt": 8}  # fmt: skip
+        "state_0000008.pt": 8, "gpt_0000008.pt": 8}
 
 
 def test_a_second_name_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -537,7 +537,7 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
         monkeypatch.setenv(name, value)
     for name, gradients, device, backend in (
         ("auto", True, "cuda:1", "cpu:gloo,cuda:nccl"), ("auto", False, "cuda:1", "gloo"), ("cpu", True, "cpu", "gloo"),
-    ):  # fmt: skip
+    ):
         with distributed.processes(name, gradients=gradients) as found:
             assert found == (torch.device(device), 3, 4) and backends.pop() == backend
     assert current == [0, 1, 1]
@@ -584,7 +584,7 @@ def test_peak_of_the_device_that_is_there(monkeypatch):
         "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
         "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H200": 989,
         "NVIDIA H200 NVL": 835, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None, "NVIDIA RTX 6000 Ada Generation": 364,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert training.peak_flops(torch.device("cuda"), "bfloat16") == (peak and peak * 1e12)
         assert training.peak_flops(torch.device("cuda"), "float32") is None

@@ -54,7 +54,7 @@ def test_vq16_has_the_published_names():
         "decoder.conv_blocks.3.upsample.conv.weight": [128, 128, 3, 3], "quantize.embedding.weight": [16384, 8],
         "decoder.conv_blocks.4.res.2.norm2.weight": [128], "quantize.codebook_used": [65536],
         "quant_conv.weight": [8, 256, 1, 1], "post_quant_conv.weight": [256, 8, 1, 1],
-    }.items():  # fmt: skip
+    }.items():
         assert shapes[name] == shape, name
     assert "encoder.conv_blocks.4.downsample.conv.weight" not in shapes
     assert "decoder.conv_blocks.4.upsample.conv.weight" not in shapes and len(shapes) == 344
