@@ -13,7 +13,7 @@ test: .venv/test-ready
 	.venv/bin/python -m pytest -n 2
 
 .venv/demo-ready: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) and "Python 3.11 to 3.14 is needed, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv || (rm -rf .venv; echo "Python has no venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

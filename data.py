@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -293,11 +294,16 @@ def _leave_signals_to_the_run(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def _workers(n):
+    """Options of a DataLoader. Forked, workers share a set of a million paths; Python 3.14 would copy it to each."""
+    context = "fork" if n and sys.platform == "linux" else None
+    return dict(num_workers=n, worker_init_fn=_leave_signals_to_the_run, multiprocessing_context=context)
+
+
 def _batches(image_set, views, batch_sampler, workers):
     """Yields (images, labels, indices), names each unreadable image once; ValueError when they are too many."""
     loader = torch.utils.data.DataLoader(
-        views, batch_sampler=batch_sampler, collate_fn=_collate, num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_run,
+        views, batch_sampler=batch_sampler, collate_fn=_collate, **_workers(workers),
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # leaves the global generator untouched
     seen = {}
     for images, labels, indices, unreadable in loader:
@@ -395,8 +401,8 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
     for split in ("train", "val"):
         pictures = load_images(data, split, size, val_data, text, bad_share)
         rejects, sizes = Rejects(pictures.source, bad_share), []
-        loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, num_workers=workers,
-                                             worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator())
+        loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, **_workers(workers),
+                                             generator=torch.Generator())
         with logging_redirect_tqdm():
             for name, image, (*found, why) in zip(pictures.names, pictures.images, tqdm(loader, split), strict=True):
                 if why:

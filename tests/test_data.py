@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -429,3 +430,15 @@ def test_workers_leave_signals_to_the_run(tmp_path, number):
     for worker in workers:
         os.kill(worker.pid, number)
     assert all(len(next(batches)[0]) == 2 for _ in range(20))  # more than were prepared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork, or should not")
+def test_workers_are_forked():
+    """Whatever the default is (from Python 3.14 on another): they share the set, which need not be pickled."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        batches = eval_batches(plain_set(4), 8, 2, crop=lambda img, size: img, workers=1)
+        assert [len(images) for images, *_ in batches] == [2, 2]
+    finally:
+        multiprocessing.set_start_method(before, force=True)

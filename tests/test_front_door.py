@@ -207,7 +207,7 @@ def test_help(script, monkeypatch):
         main = SCRIPTS[script].options()
     for parser in parsers(main):
         text = parser.format_help()
-        assert f"    python {script}.py " in text and "(default: None)" not in text and not parser.allow_abbrev
+        assert re.search(rf"^ *python {script}.py ", text, re.M) and "(default: None)" not in text and not parser.allow_abbrev
         for action in parser._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), action.dest
             silent = action.default is False or action.default == argparse.SUPPRESS
