@@ -207,7 +207,8 @@ def test_help(script, monkeypatch):
         main = SCRIPTS[script].options()
     for parser in parsers(main):
         text = parser.format_help()
-        assert re.search(rf"^ *python {script}.py ", text, re.M) and "(default: None)" not in text and not parser.allow_abbrev
+        assert re.search(rf"^ *python {script}\.py ", text, re.M)  # 3.13 on takes indentation off docstrings
+        assert "(default: None)" not in text and not parser.allow_abbrev
         for action in parser._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), action.dest
             silent = action.default is False or action.default == argparse.SUPPRESS
