@@ -55,12 +55,11 @@ def output(*command):
 
 
 def about_machine(top):
-    import triton
-
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "dry run, no GPU"
     driver = torch.version.hip or output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     commit = output("git", "rev-parse", "--short", "HEAD") + "+" * bool(output("git", "status", "--porcelain", "-uno"))
-    versions = dict(driver=driver, torch=torch.__version__, triton=triton.__version__, commit=commit)
+    triton = getattr(kernels.triton, "__version__", "none")
+    versions = dict(driver=driver, torch=torch.__version__, triton=triton, commit=commit)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     ceilings = dict(copy_tb_per_s=top.copy / 1e12, matmul_tflop_per_s=top.matmul / 1e12)
     return dict(gpu=name, **versions, date=now, **ceilings)

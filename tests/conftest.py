@@ -4,13 +4,14 @@ One thread: the small tensors of the tests gain little from a second, and wait f
 """
 
 import importlib.metadata
+import importlib.util
 import os
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)

@@ -134,6 +134,7 @@ def test_a_rival_that_fails_costs_its_figure_only(monkeypatch, capsys):
 @pytest.mark.parametrize("kernel", ["", "fwd"])
 def test_a_variant_lasts_for_its_row_only(kernel):
     """And is one of the kernel that it names; a name of the file is another thing than a constant of a launch."""
+    pytest.importorskip("triton")
     rope, loss = bench_kernels.rope_file, bench_kernels.loss_file
     before = [rope.launch_config(name, 64) for name in ("fwd", "dq")], rope.rotates_inside, loss.CHUNK
     changes = dict(BLOCK_N=16, rotates_inside=bench_kernels.never)

@@ -8,7 +8,7 @@ were taken from.
 
 import collections
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -369,6 +369,8 @@ if __name__ == "__main__":
     if words[:1] == ["--json"]:
         print(json.dumps(compile_all(words[2:], *json.loads(words[1]))))
     else:
+        if not importlib.util.find_spec("triton"):
+            sys.exit("the package triton is not installed: nothing to compile with")
         if unknown := set(words) - set(TARGETS):
             sys.exit(f"no target {', '.join(unknown)}: there are {', '.join(TARGETS)}")
         rows, failed = table(words), []

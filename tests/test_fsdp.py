@@ -21,7 +21,6 @@ import checkpoints
 import command_line
 import distributed
 import gpt
-import kernels
 import sharding
 import train_gpt
 import training
@@ -348,9 +347,10 @@ def test_activations_are_computed_again_where_asked(codes, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
-def test_activations_computed_again_give_the_same_gradients(mode, monkeypatch):
+def test_activations_computed_again_give_the_same_gradients(mode, request):
     """Dropout keeps the same elements when they are."""
-    monkeypatch.setattr(kernels, "_mode", mode)
+    if mode == "triton":
+        request.getfixturevalue("kernels_mode")("triton")
     torch.manual_seed(0)
     model = GPT(GPTConfig(**LLAMA, vocab_size=32, num_classes=3, grid=(2, 3), dropout=0.2)).train()
     torch.nn.init.normal_(model.output.weight, std=0.1)  # zero as it is at first, it would hide every difference
