@@ -268,7 +268,7 @@ def files(tmp_path):
 
 
 def run(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, options)])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])
     sample.main()
 
 

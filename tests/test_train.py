@@ -501,7 +501,7 @@ def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
     assert seen == [mirrored]
     monkeypatch.setattr(sys, "argv", [
         "encode.py", "--vq", str(tmp_path / "vq" / "vq.pt"), "--data", str(pictures), "--size", "16", "24", flag,
-        "--out", str(tmp_path / "codes"), "--crop-scales", "1.1"])
+        "--out", str(tmp_path / "codes"), "--crop-scales", "1.1", "--device", "cpu"])
     encode.main()
     file = CodeFile(tmp_path / "codes" / "train")
     assert file.codes.shape == (38, 10 if mirrored else 5, 24) and file.grid == (4, 6)
