@@ -315,6 +315,22 @@ def test_compiled_steps_are_the_same(name, pictures, codes, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by /proc")
+def test_no_thread_outlives_the_group():
+    """One of Gloo's that still lets go of a tensor aborts a process whose interpreter is ending (SIGABRT)."""
+    code = """import os, torch, distributed
+with distributed.processes("cpu"):
+    import torch._dynamo
+    distributed.total(torch.ones(1))
+print(*(open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")))"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    how = dict(env=os.environ | env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    threads = subprocess.run([sys.executable, "-c", code], **how).stdout
+    assert "python" in threads and "gloo" not in threads
+
+
 def test_one_process_goes_on_as_two(codes, tmp_path):
     options, (a, b) = gpt_options(codes, *BARE, "--max-steps", 20), (tmp_path / "a", tmp_path / "b")
     children = start(train_gpt.main, a, *options) + start(train_gpt.main, b, *options, "--max-steps", 10)

@@ -276,6 +276,8 @@ def test_usage_window_holds_the_last_positions():
 
 
 def two_processes(rank, folder):
+    from torch import _dynamo  # noqa: F401 - before the group, as distributed.processes() says
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(rank)
