@@ -43,12 +43,14 @@ def processes(device_name, timeout=None, gradients=True):
     if not by_torchrun():
         yield device, rank, world
         return
-    from torch import _dynamo  # noqa: F401 - the first optimizer or operator does; after the group, it would keep the
-    # group beyond its end, whose threads may abort the process as it exits
+    # Optimizers and operators import this when they are first used. After the group it would keep the group beyond its
+    # end, and a thread of it that still holds a tensor aborts the process as the interpreter ends.
+    from torch import _dynamo  # noqa: F401
 
     dist.init_process_group("cpu:gloo,cuda:nccl" if gradients and device.type == "cuda" else "gloo", timeout=timeout)
     yield device, rank, world
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+    time.sleep(0.1)  # threads of a group that outlives this (a sharded model's does) let go of their last tensors
 
 
 def say(text):
