@@ -84,11 +84,11 @@ class Contender:
 
     def __init__(self, name, preset, size, images):
         last, compiled = CONTENDERS[name]
-        self.format = torch.channels_last if last else torch.contiguous_format
+        order = torch.channels_last if last else torch.contiguous_format
         torch.manual_seed(0)
         with torch.device(bench.DEVICE):
-            self.model = VQModel(VQConfig(**PRESETS[preset])).to(memory_format=self.format)
-            self.images = (2 * torch.rand(images, 3, size, size) - 1).contiguous(memory_format=self.format)
+            self.model = VQModel(VQConfig(**PRESETS[preset])).to(memory_format=order)
+            self.images = (2 * torch.rand(images, 3, size, size) - 1).contiguous(memory_format=order)
         self.compile = bench.compiled if compiled else lambda function: function
 
     def encoder(self, dtype):

@@ -156,7 +156,7 @@ def training_table():
             ))
     names = ("tokens/s (MFU) of GPT", "predicted", "target", f"{measured_on()}: kernels and torch.compile",
              "torch.compile alone", "eager PyTorch", "GiB at the peak")
-    head, *rows = ([name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True))
+    head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 
 
@@ -172,7 +172,7 @@ def tokenizer_table():
         rate = number(found, "images_per_s", ",.0f")
         columns.append((f"{name}, {images}, {dtype}", f"{1e3 * images / ms:,.0f}", rate, fastest))
     names = "images/s of VQ-16", "predicted", f"{measured_on()}, as the scripts do it", "the fastest way"
-    head, *rows = ([name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True))
+    head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 
 

@@ -1,11 +1,14 @@
 import argparse
+import os
 import pickle
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import distributed
 import vq
 from common import save_file
 from gpt import GPT, GPTConfig
@@ -275,11 +278,14 @@ def test_usage_window_holds_the_last_positions():
     assert usage_and_perplexity(torch.zeros(8, dtype=torch.long)) == (0, 1)
 
 
-def two_processes(rank, folder):
-    from torch import _dynamo  # noqa: F401 - before the group, as distributed.processes() says
-
+def two_processes(rank, port):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with distributed.processes("cpu"):
+        one_codebook(rank)
+
+
+def one_codebook(rank):
     torch.manual_seed(rank)
     book = quantizer(usage_window=6)
     torch.manual_seed(10 + rank)
@@ -296,11 +302,13 @@ def two_processes(rank, folder):
         weights.append(both[0])
     assert torch.equal(weights[0][[1, 2, 5, 6, 7]], before[[1, 2, 5, 6, 7]])
     assert ((weights[0] == before).all(1)).sum() == 5 and not torch.equal(*weights)
-    dist.destroy_process_group()
 
 
-def test_usage_and_restarts_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+def test_usage_and_restarts_over_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, args=(port,), nprocs=2)
 
 
 # Files
