@@ -1,5 +1,6 @@
 # make demo: train both stages on real digits and paint; make demo-text: the same from captions; make test: ruff and
-# pytest. Each sets itself up in .venv.
+# pytest, on the CPU also where there is a GPU (the kernels on it: bash runs/benchmark.sh check). Each sets itself up in
+# .venv.
 PYTHON ?= python3
 
 demo: .venv/demo-ready
@@ -10,7 +11,7 @@ demo-text: .venv/demo-ready
 
 test: .venv/test-ready
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -n 2
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2
 
 .venv/demo-ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) and "Python 3.11 to 3.14 is needed, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
