@@ -84,12 +84,15 @@ def random_crop(img, size, rng, flip, scale=1.25):
 
 
 def ten_crop(img, size, scale):
-    """Corners (top left, top right, bottom ...) and centre of a centre crop at scale * size, then their mirrors."""
+    """Centre and corners (top left, top right, bottom ...) of a centre crop at scale * size, then their mirrors.
+
+    The centre comes first: held-out losses and pictures of codes take the first.
+    """
     h, w = pair(size)
     img = center_crop(img, (round(h * scale), round(w * scale)))
     bottom, right = img.height - h, img.width - w
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    crops = [cut(img, top, left, h, w) for top, left in corners]
+    places = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
+    crops = [cut(img, top, left, h, w) for top, left in places]
     return crops + [ImageOps.mirror(crop) for crop in crops]
 
 

@@ -49,7 +49,7 @@ try:
 except ImportError:  # Windows: two runs into one folder are not told apart
     fcntl = None
 
-CORNERS = ["top left", "top right", "bottom left", "bottom right", "centre"]
+PLACES = ["centre", "top left", "top right", "bottom left", "bottom right"]  # of ten_crop
 PART = 4096  # images of a part, which is what an interrupted run may lose
 
 
@@ -65,7 +65,7 @@ def options():
     what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten",
-                       help="ten: corners, centre and their mirrors, at each of --crop-scales")
+                       help="ten: centre, corners and their mirrors, at each of --crop-scales")
     crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05],
                        help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE")
     crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, drawn as train_vq.py does")
@@ -97,7 +97,7 @@ def choose_crops(args, flip):
     if args.crops == "center":
         names = ["centre"] + (["centre, mirrored"] if flip else [])
         return (mirrored if flip else center_crop), names
-    each = CORNERS + ([f"{c}, mirrored" for c in CORNERS] if flip else [])
+    each = PLACES + ([f"{place}, mirrored" for place in PLACES] if flip else [])
     names = [f"{c} of {scale}" for scale in args.crop_scales for c in each]
     return partial(ten_crops, scales=args.crop_scales, n=len(each)), names
 

@@ -111,7 +111,7 @@ def build_model(args, codes, vq):
 
 @torch.no_grad()
 def evaluate(model, codes, args, device, dtype):
-    """Held-out teacher-forced loss in nats per code, over the first crop of evenly spread images."""
+    """Held-out teacher-forced loss in nats per code, of the first crop (of ten: the centre) of evenly spread images."""
     (rank, world), order = common.launched(), training.spread(args.eval_images, len(codes))
     total = torch.zeros((), dtype=torch.float64)
     for images in order.split(args.micro_batch_size * world):

@@ -259,8 +259,8 @@ def test_ten_crop_order():
     img = picture(0, (40, 40))
     crops = [np.asarray(c) for c in ten_crop(img, 20, 1.5)]
     large = np.asarray(center_crop(img, 30))
-    corners = [large[:20, :20], large[:20, 10:], large[10:, :20], large[10:, 10:], large[5:25, 5:25]]
-    for got, expected in zip(crops, corners + [c[:, ::-1] for c in corners], strict=True):
+    places = [large[5:25, 5:25], large[:20, :20], large[:20, 10:], large[10:, :20], large[10:, 10:]]
+    for got, expected in zip(crops, places + [c[:, ::-1] for c in places], strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
