@@ -225,7 +225,7 @@ def train(args, device, rank, world, asked):
         if ema:
             training.update_ema(ema, model, args.ema, step)
             if moved:  # an average of two places is no code
-                ema.quantize.set_codes(model.quantize.embedding.weight)
+                ema.quantize.set_codebook(model.quantize.embedding.weight)
 
         # The discriminator, which starts earlier so that it knows something when it is first asked.
         if disc is not None and step >= args.disc_start - args.disc_warmup:
@@ -257,7 +257,7 @@ def train(args, device, rank, world, asked):
         with timer.paused():
             if step % args.eval_every == 0:
                 log.write(step=step, **evaluate(best, lpips, val_set, args, device))
-                log.plot()
+                log.plot(("mse", "perceptual"))
             if args.picture_every and step % args.picture_every == 0:
                 draw(f"reconstructions_{step:06}.png")
             if args.save_every and step % args.save_every == 0:
@@ -270,7 +270,7 @@ def train(args, device, rank, world, asked):
         return distributed.say(f"stopped at step {step}, as a signal asked: --resume goes on")
     final = evaluate(best, lpips, val_set, args, device)
     log.write(step=step, **final)
-    log.plot()
+    log.plot(("mse", "perceptual"))
     draw("reconstructions.png")
     log.result(seconds=elapsed, steps=step, **final)
     distributed.say(f"{step} steps in {elapsed:.0f} s, held-out PSNR {final['val_psnr']:.1f} dB: {args.out}")

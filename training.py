@@ -261,8 +261,8 @@ class RunLog:
         if self.writes:
             (self.out / "result.json").write_text(json.dumps(values, indent=1))
 
-    def plot(self):
-        """loss.png: training and held-out loss over steps."""
+    def plot(self, parts=("loss",)):
+        """loss.png over steps: held-out loss, and the sum of those `parts` of the training loss that are in it."""
         if not self.writes:
             return
         import matplotlib
@@ -271,11 +271,12 @@ class RunLog:
         from matplotlib import pyplot as plt
 
         figure, axes = plt.subplots(figsize=(7, 4))
-        for name in ("loss", "val_loss"):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
+        parts = [name for name in parts if any(name in row for row in self.rows)]
+        for label, names, marker in (("training", parts, None), ("held out", ["val_loss"], ".")):
+            points = [(row["step"], sum(row[x] for x in names)) for row in self.rows if names and {*names} <= {*row}]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="." if name == "val_loss" else None)
-        axes.set(xlabel="step", ylabel="loss", title=self.out.name)
+                axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+        axes.set(xlabel="step", ylabel=" + ".join(parts), title=self.out.name)
         axes.grid(alpha=0.3)
         axes.legend()
         with dispensable("loss.png"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from PIL import Image
 
 import checkpoints
@@ -107,6 +108,8 @@ def same(a, b):
 # What a run leaves behind
 
 def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **how: drawn.update({how["label"]: args[1:]}) or plot(*args, **how))
     rows = run(train_vq, monkeypatch, tmp_path, *vq_options(
         pictures, *NO_DISC, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--save-every", 2,
         "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))
@@ -120,6 +123,8 @@ def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
     for row in steps:
         parts = sum(row[name] for name in ("mse", "codebook", "commitment", "entropy"))
         assert math.isclose(row["loss"], parts, rel_tol=1e-4) and row["lr"] == 2e-3 and 0 < row["usage"] <= 1
+    assert drawn["training"] == ((1, 2, 3, 4, 5), tuple(row["mse"] for row in steps))  # what val_loss holds
+    assert drawn["held out"] == ((2, 4, 5), tuple(series(rows, "val_loss")))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["options"]["lr"] == "0.002" and config["command"][0] == "train_vq.py"
     result = json.loads((tmp_path / "result.json").read_text())
