@@ -3,7 +3,7 @@
     python demo.py digits --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --codes out/demo/codes --out out/demo
     python demo.py text --vq out/text/vq/vq.pt --gpt out/text/gpt/gpt.pt --codes out/text/codes --out out/text
 
-Each writes report.json and samples.png.
+Each writes report.json and samples.png, `digits` also how.png, which shows what codes are.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.svm import SVC
 
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
@@ -83,6 +84,33 @@ def stages(args, start):
     return dict(seconds=dict(seconds, total=round(sum(seconds.values()), 1)), **losses)
 
 
+def write_numbers(codes, cell):
+    """Codes [h, w] as a picture of them, uint8 [h * cell, w * cell, 3]."""
+    h, w = codes.shape
+    sheet, font = Image.new("RGB", (w * cell, h * cell), "white"), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(sheet)
+    for i, code in enumerate(codes.flatten().tolist()):
+        x, y = i % w * cell, i // w * cell
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline="lightgrey")
+        draw.text((x + cell / 2, y + cell / 2), f"{code}", fill="black", font=font, anchor="mm")
+    return np.asarray(sheet)
+
+
+@torch.no_grad()
+def explain(path, vq, real, painted):
+    """Two images [2, 3, H, W], their codes and what these decode to; a painted one, uint8 [H, W, 3], in steps."""
+    codes, zoom = vq.encode(real), 4
+    (h, w), cell = codes.shape[1:], zoom * vq.config.factor
+    pixels, decoded = (to_uint8(x).repeat(zoom, 1).repeat(zoom, 2) for x in (real, vq.decode(codes)))
+    tiles = [tile for i in range(2) for tile in (pixels[i], write_numbers(codes[i], cell), decoded[i])]
+    steps = [1, w, w + w // 2, 2 * w + 1, h * w - w, h * w]
+    for n in steps:
+        drawn = (np.arange(h * w).reshape(h, w) < n).repeat(cell, 0).repeat(cell, 1)
+        tiles.append(np.where(drawn[..., None], painted.repeat(zoom, 0).repeat(zoom, 1), np.uint8(200)))
+    labels = 2 * ["held-out image", "its codes", "decoded"] + ["1 code drawn", *(f"{n} codes" for n in steps[1:])]
+    save_grid(path, np.stack(tiles), len(steps), labels, scale=1)
+
+
 def digits(args):
     """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in painted digits."""
     start, device = time.perf_counter(), pick_device(args.device)
@@ -108,6 +136,7 @@ def digits(args):
     chosen = json.loads(max(tried, key=tried.get))
     accuracy, images, painted = paint_and_read(args.seed, chosen)
     save_grid(args.out / "samples.png", images[:100], 10, [f"{i}" for i in labels[:100]], scale=2)
+    explain(args.out / "how.png", vq, val[[13, 25]].to(device), images[13 % args.n])
 
     report = dict(
         **stages(args, start), psnr=float(quality.mean()), codebook_usage=usage, perplexity=perplexity,
@@ -136,7 +165,8 @@ def print_digits(report, args):
                                       f"{c['held_out_codes_in_train']:.1%} of held-out digits"),
     ]
     print("\n".join(f"{name:28}{value}" for name, value in rows))
-    pictures = args.out / "samples.png", args.vq.parent / "reconstructions.png", args.gpt.parent / "samples.png"
+    pictures = [args.out / "samples.png", args.out / "how.png"]
+    pictures += [args.vq.parent / "reconstructions.png", args.gpt.parent / "samples.png"]
     print(f"{'pictures':28}{', '.join(map(str, pictures))}")
 
 

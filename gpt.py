@@ -80,7 +80,11 @@ class GPTConfig:
 
 def rope_table(config, grid):
     """cos, sin float32 [n_cond + h*w, D/2] of 2D RoPE: the first D/4 angles turn with the row, the others with the
-    column, each by base^(-4i/D), i = 0..D/4-1 (llama's rotation per axis; Su et al. 2021, eq. 15)."""
+    column, each by base^(-4i/D), i = 0..D/4-1 (llama's rotation per axis; Su et al. 2021, eq. 15).
+
+    Row and column are those of the code that is read. Condition tokens have angle 0, as the code at (0, 0) has, or for
+    the published weights cos = sin = 0: their keys and queries are 0 then.
+    """
     rows, columns = grid
     d = config.head_dim // 2
     frequencies = 1.0 / config.rope_base ** (torch.arange(0, d, 2, device="cpu").float() / d)  # D/4
@@ -179,8 +183,8 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
 
     def forward(self, x, residual, *where):
-        """x is the branch before this block, still to be dropped from and added to the residual stream: one pass with
-        the norm."""
+        """h = s + attention(norm(s)); s = h + ffn(norm(h)), where each sum waits for the next norm, which makes it in
+        the same pass: x is what is still to be dropped from and added to `residual`, here and in what is returned."""
         x, residual = self.attention_norm(x, residual)
         x, residual = self.ffn_norm(self.attention(x, *where), residual)
         return self.feed_forward(x), residual
@@ -243,8 +247,8 @@ class CaptionEmbedder(nn.Module):
 class CodeFeatures(nn.Module):
     """What the tokenizer's code vectors add to embeddings and logits, so that codes that look alike are alike.
 
-    `vectors` [V, D] are the codes as its decoder reads them, times sqrt(D), fixed. Embedding of code i: + W v_i; logit
-    of code i: + (A x) . (B v_i), of rank 32. W and B begin at zero.
+    `vectors` [V, code_dim] are the codes as its decoder reads them, times sqrt(code_dim), fixed. Embedding of code i:
+    + W v_i; logit of code i: + (A x) . (B v_i), of rank 32. W and B begin at zero.
     """
 
     def __init__(self, config):
@@ -262,7 +266,7 @@ CONDITIONS = {"class": ClassEmbedder, "text": TextEmbedder, "tokens": CaptionEmb
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D], rows padded to 16 bytes.
+    """Keys and values of every layer, allocated once: two tensors [L, B, G, S, D], D padded to a multiple of 8.
 
     On a CPU they are float32, which its attention over few queries reads twice as fast as bfloat16.
     """
@@ -279,6 +283,11 @@ class KVCache:
 
 
 class GPT(nn.Module):
+    """Condition tokens, then codes; each sees itself and what stands before it.
+
+    The last condition token predicts the first code, every code the next; the last code of an image is never read.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -319,9 +328,9 @@ class GPT(nn.Module):
         self.set_grid(self.config.grid)
 
     def see_codes(self, vectors):
-        """Know from now on what codes look like: `vectors` [V, D] as the decoder reads them. Changes no output yet.
+        """Know from now on what codes look like: `vectors` [V, code_dim] as the decoder reads them.
 
-        What it learnt of other vectors stays in its tables.
+        Changes no output yet. What it learnt of other vectors stays in its tables.
         """
         vectors = vectors.detach() * vectors.shape[1] ** 0.5
         if self.code_features and torch.equal(self.code_features.vectors, vectors):
@@ -528,4 +537,4 @@ if __name__ == "__main__":
 Pairs: 256 / 384 pixels, which are 256 / 576 codes of VQ-16. TFLOP per image, 2 per multiply-add: training is a forward
 and a backward pass, sampling a forward pass of two rows, with and without condition. GiB to train: weights, gradients
 and AdamW's two moments in float32, without activations; to sample: weights and KV cache of 16 rows (8 images with
-guidance) in bfloat16, without the tokenizer.""")
+guidance) in bfloat16, without the tokenizer. A tokenizer of fewer than 16,384 codes makes a smaller GPT.""")

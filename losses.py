@@ -1,4 +1,5 @@
-"""Losses of stage 1: LPIPS, the PatchGAN discriminator, adversarial losses and VQGAN's adaptive weight.
+"""What train_vq.py adds to the squared error and the codebook's losses (vq.py): LPIPS, the PatchGAN discriminator,
+adversarial losses and VQGAN's adaptive weight.
 
 B, C, H, W: pixels in [-1, 1].
 """

@@ -173,10 +173,12 @@ def generate(
 ):
     """Draw codes int64 [B, h, w] in raster order.
 
-    cond and cond_mask are those of GPT.forward: labels, features and their mask, or caption tokens. Guidance runs
-    conditional and unconditional rows in one batch; cfg_scale 1 is none, and cfg_stop = n guides the first n codes only
-    and drops the unconditional rows after them. Image i depends on (seed, first_index + i), not on its neighbours: bit
-    for bit on a CPU, on a GPU as far as its matrix products round alike in batches of other sizes.
+    cond and cond_mask are those of GPT.forward: labels, features and their mask, or caption tokens. A guided image has
+    two rows in the batch, with its condition and with none, and of the same codes, drawn from the logits uncond +
+    cfg_scale (cond - uncond) (Ho and Salimans 2022, eq. 6, w = cfg_scale - 1); cfg_scale 1 is no guidance. cfg_stop = n
+    guides the first n codes only and drops the unconditional rows after them. Image i depends on (seed, first_index +
+    i), not on its neighbours: bit for bit on a CPU, on a GPU as far as its matrix products round alike in batches of
+    other sizes.
     Raises ValueError for settings that cannot be.
     """
     grid = tuple(grid or model.config.grid)

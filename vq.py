@@ -1,6 +1,7 @@
 """The image tokenizer: a VQGAN whose codes are unit vectors (LlamaGen, arXiv 2406.06525, section 2.1).
 
-Shapes: B, 3, H, W pixels in [-1, 1]; B, h, w codes with h = H / factor; K codes of D channels; C channels.
+A code is a number below K: the row of a vector of D channels in the codebook.
+Shapes: B, 3, H, W pixels in [-1, 1]; B, h, w codes with h = H / factor; K, D the codebook; C channels.
 Parameter names are those of LlamaGen's published files, which `VQModel.from_pretrained` reads.
 """
 
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Nearest code in float32 whatever autocast says; straight-through gradient (van den Oord et al. 2017, eq. 3)."""
+    """Nearest code in float32 whatever autocast says; losses and gradient of van den Oord et al. 2017, section 3.2."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,12 +188,12 @@ class Quantizer(nn.Module):
             codes = self.search(z.flatten(0, 2)).view(z.shape[:3])
             z_q = F.embedding(codes, self.codebook())
             losses = {
-                "codebook": F.mse_loss(z_q, z.detach()),
-                "commitment": self.config.beta * F.mse_loss(z, z_q.detach()),
+                "codebook": F.mse_loss(z_q, z.detach()),  # moves codes to what they stand for
+                "commitment": self.config.beta * F.mse_loss(z, z_q.detach()),  # and the encoder to its codes
             }
             if self.config.entropy_weight:
                 losses["entropy"] = self.config.entropy_weight * entropy_loss(z.flatten(0, 2), self.codebook())
-            z_q = z + (z_q - z).detach()
+            z_q = z + (z_q - z).detach()  # straight through: the value of z_q, but the decoder's gradient goes to z
         if self.training:
             self.remember(codes)
         return z_q.permute(0, 3, 1, 2), losses, codes
@@ -224,7 +225,7 @@ class Quantizer(nn.Module):
             counts = kernels.code_usage(codes, k).unsqueeze(1)
             sums = torch.zeros_like(centres).index_add_(0, codes, z)
             centres = self.unit(torch.where(counts > 0, sums / counts.clamp(min=1), sample_rows(z, k)))
-        self.set_codes(centres)
+        self.set_codebook(centres)
 
     @torch.no_grad()
     def restart_dead_codes(self, z):
@@ -233,11 +234,11 @@ class Quantizer(nn.Module):
         place = dead.cumsum(0) - 1  # each takes a vector of its own
         move = (dead & (place < len(z))).unsqueeze(1)
         fresh = sample_rows(z, len(z))[place.clamp(0, len(z) - 1)]
-        self.set_codes(torch.where(move, fresh, self.embedding.weight))
+        self.set_codebook(torch.where(move, fresh, self.embedding.weight))
 
     @torch.no_grad()
-    def set_codes(self, codes):
-        self.embedding.weight.copy_(codes)
+    def set_codebook(self, vectors):
+        self.embedding.weight.copy_(vectors)
         if dist.is_initialized():  # every process drew other vectors
             dist.broadcast(self.embedding.weight.data, src=0)
 
@@ -264,6 +265,8 @@ def usage_and_perplexity(counts):
 
 
 class VQModel(nn.Module):
+    """Encoder, 1x1 convolution to D channels, quantizer, 1x1 convolution back, decoder."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config

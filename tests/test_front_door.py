@@ -189,6 +189,20 @@ def test_hub(folder, tmp_path, monkeypatch, capsys):
     assert "c2i_B_256.pt is not there: LlamaGen's file" in sentence(command, monkeypatch, capsys)
 
 
+def test_how_it_works_names_what_is_there():
+    """Files, classes, functions and methods."""
+    names = set(re.findall(r"`([A-Za-z][\w./]+)`", README.split("## How it works")[1].split("\n## ")[0]))
+    files = {name for name in names if name.endswith(".py")}
+    assert len(files) >= 5 and all((ROOT / name).is_file() for name in files)
+    trees = [ast.parse((ROOT / name).read_text()) for name in files]
+    functions = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for name in names - files:
+        owner, _, method = name.partition(".")
+        found = [node.name for node in ast.walk(classes[owner]) if isinstance(node, ast.FunctionDef)] if method else []
+        assert method in found if method else owner in functions | classes.keys(), name
+
+
 # Help, presets and recipes
 
 def parsers(parser):
