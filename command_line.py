@@ -110,4 +110,8 @@ def cli(main):
         if isinstance(error, OSError) and error.strerror and error.filename:
             reason = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        if torch.distributed.is_initialized():  # its threads may abort the process while the interpreter ends
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
