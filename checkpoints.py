@@ -33,31 +33,22 @@ def remove(path):
     path.unlink(missing_ok=True)
 
 
-def replace(path, target):
-    """Let `target` be what `path` is; where one of them is a folder, it is away for a moment."""
-    old = target.with_name(target.name + ".old")
-    if target.exists() and (path.is_dir() or target.is_dir()):
-        remove(old)
-        os.rename(target, old)
-    os.replace(path, target)
-    remove(old)
-
-
 def keep(path, name):
     """Let NAME, beside it, be what `path` is now: files under two names, as saving replaces names, not content."""
-    temporary = path.with_name(name + ".tmp")
-    remove(temporary)
+    temporary, target = path.with_name(name + ".tmp"), path.with_name(name)
     try:
+        remove(temporary)
         if path.is_dir():
             shutil.copytree(path, temporary, copy_function=link)
         else:
             link(path, temporary)
-        replace(temporary, path.with_name(name))
+        remove(target)
+        temporary.rename(target)
     finally:
-        remove(temporary)  # it stays where NAME is this file already
+        remove(temporary)
 
 
-def save_state(out, args, step, elapsed, parts, files, data, device):
+def save_state(args, step, elapsed, parts, files, data=None):
     """Write OUT/state.pt, whose predecessor stays as state.pt.previous, and the `files` {name: content} beside it.
 
     `parts` {name: model or optimizer}. Every process calls it; what is not sharded the first one writes. Returns
@@ -66,8 +57,8 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     """
     check_finite(parts["model"], step)
     state = dict(options={name: getattr(args, name) for name in FIXED}, parts=list(parts), data=data, step=step,
-                 elapsed=elapsed, own=everyone(own_state(parts, device)))
-    path, fresh, failed = out / "state.pt", out / "state.pt.tmp", None
+                 elapsed=elapsed, own=everyone(own_state(parts)))
+    (path, previous, fresh), failed = (args.out / f"state.pt{end}" for end in ("", ".previous", ".tmp")), None
     folder, first = sharded(parts["model"]), launched()[0] == 0
     if folder:
         from sharding import save_shards
@@ -79,18 +70,19 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     if first and not failed:
         try:
             for name, content in files.items():
-                save_file(out / name, content)
+                save_file(args.out / name, content)
             if folder:
                 save_file(fresh / REST, state)
             else:
                 remove(fresh)  # a killed sharded run may have left a folder
                 save_file(fresh, state | {name: part.state_dict() for name, part in parts.items()})
-            if path.exists():
-                keep(path, path.name + ".previous")
-            replace(fresh, path)
+            if path.exists():  # at every moment one of the two is whole
+                remove(previous)
+                path.rename(previous)
+            fresh.rename(path)
             if args.keep_every and step % args.keep_every == 0:
                 for name in (*files, path.name):
-                    keep(out / name, name.replace(".pt", f"_{step:07}.pt"))
+                    keep(args.out / name, name.replace(".pt", f"_{step:07}.pt"))
         except OSError as error:
             failed = error
     if first and failed:
@@ -99,16 +91,16 @@ def save_state(out, args, step, elapsed, parts, files, data, device):
     return not agree(failed)
 
 
-def load_state(out, args, parts, device):
+def load_state(args, parts):
     """Fill models and optimizers {name: part} and the random generators from OUT/state.pt, or, if that cannot be read,
     from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
 
     On another number of processes the generators begin anew. ValueError where it is a run with other options.
     """
-    paths = [path for path in (out / "state.pt", out / "state.pt.previous") if path.exists()]
+    paths = [path for path in (args.out / "state.pt", args.out / "state.pt.previous") if path.exists()]
     if not args.resume or (args.resume == "auto" and not paths):
         return 0, 0.0, None
-    paths = paths or [out / "state.pt"]
+    paths = paths or [args.out / "state.pt"]
     for path in paths:
         try:
             state = fill(parts, path, args)
@@ -119,7 +111,7 @@ def load_state(out, args, parts, device):
             log.warning("%s; going on from %s", error, paths[-1])
     rank, world = launched()
     if len(state["own"]) == world:
-        set_own_state(state["own"][rank], parts, device)
+        set_own_state(state["own"][rank], parts)
     return state["step"], state["elapsed"], state["data"]
 
 
@@ -160,18 +152,18 @@ def check_finite(model, step):
         raise ValueError(f"the weights are not finite at step {step}: the last checkpoint stands, lower --lr")
 
 
-def own_state(parts, device):
+def own_state(parts):
     """What each process has of its own: generators (data order needs none: it follows the step), and buffers."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     models = {kind: part for kind, part in parts.items() if isinstance(part, Module)}
     buffers = {kind: {name: x.cpu() for name, x in model.named_buffers()} for kind, model in models.items()}
     return {"torch": torch.get_rng_state(), "cuda": cuda, "buffers": buffers}
 
 
-def set_own_state(state, parts, device):
+def set_own_state(state, parts):
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
     for kind, buffers in state["buffers"].items():
         mine = dict(parts[kind].named_buffers())
         for name, x in buffers.items():

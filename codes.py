@@ -4,9 +4,9 @@ codes.npy [images, A, h*w]: uint16, or int32 for codebooks above 65,536; A augme
 raster order. labels.npy: int64 [images]. meta.json: what CODE_KEYS lists. Captions lie beside them (captions.py).
 """
 
-import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,53 +30,51 @@ def _code_dtype(codebook_size):
     return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
 
 
+NAMES = "codes.npy", "labels.npy", "meta.json"  # the last says that the others are whole
+
+
 class CodeWriter:
     """Writes a folder of codes: codes.npy [images, A, h*w], labels.npy int64 [images] and meta.json.
 
-    Use as a context manager; the files take their names when it closes without an error, also after fewer than
-    n_images. meta gives what CODE_KEYS lists and the arguments do not say; "text" (captions) may be left out.
+    Use as a context manager; the files take their names when it closes without an error. meta gives what CODE_KEYS
+    lists and the arguments do not say; "text" (captions) may be left out.
     """
 
-    def __init__(self, folder, n_images, grid, codebook_size, meta):
-        self.folder, self.codebook_size, self.written = Path(folder), int(codebook_size), 0
-        self.meta = dict(text=None) | meta
-        self.meta |= dict(version=CODE_VERSION, codebook_size=int(codebook_size), grid=[int(g) for g in grid],
-                          images=int(n_images))
+    def __init__(self, folder, grid, codebook_size, meta):
+        self.folder, self.labels = Path(folder), []
+        self.meta = dict(text=None) | meta | dict(version=CODE_VERSION, codebook_size=int(codebook_size), images=0,
+                                                  grid=[int(g) for g in grid])
         missing = [key for key in CODE_KEYS if key not in self.meta]
         if missing:
             raise ValueError(f"the description of the codes lacks {', '.join(missing)}")
+        self.shape = len(self.meta["augmentations"]), int(np.prod(self.meta["grid"]))  # of an image: A, h*w
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.labels = np.zeros(n_images, dtype=np.int64)
-        self.codes = self._open("codes", n_images)
+        self.file = open(self._temporary("codes.npy"), "wb")
+        self._head()
 
     def _temporary(self, name):
         return self.folder / f".{name}.partial"
 
-    def _open(self, name, n_images):
-        shape = (n_images, len(self.meta["augmentations"]), int(np.prod(self.meta["grid"])))
-        dtype, path = _code_dtype(self.codebook_size), self._temporary(name)
-        codes = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        try:
-            with open(path, "r+b") as file:  # a map that finds the disk full ends the process by a signal (SIGBUS)
-                getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others: a file system that cannot do it
-                path.unlink()
-                raise OSError(error.errno, f"no space for {codes.nbytes / 1e9:.3g} GB of codes", str(path)) from None
-        return codes
+    def _head(self):
+        """NumPy's header of codes.npy, as long for any number of images."""
+        dtype, shape = _code_dtype(self.meta["codebook_size"]), (self.meta["images"], *self.shape)
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, dict(descr=dtype.str, fortran_order=False, shape=shape))
 
     def write(self, codes, labels):
         """codes [b, A, h*w] and labels [b], tensors or arrays of integers; raises ValueError if they do not fit."""
         codes, labels = (np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x) for x in (codes, labels))
-        end = self.written + len(codes)
-        if codes.shape[1:] != self.codes.shape[1:] or len(labels) != len(codes) or end > len(self.codes):
-            raise ValueError(f"codes {codes.shape} and labels {labels.shape} do not fit into {self.codes.shape} "
-                             f"after {self.written} images")
-        _check_range("codes", codes, self.codebook_size)
+        if codes.shape[1:] != self.shape or len(labels) != len(codes):
+            raise ValueError(f"codes {codes.shape} and labels {labels.shape} do not fit images of {self.shape} codes")
+        _check_range("codes", codes, self.meta["codebook_size"])
         _check_range("labels", labels, len(self.meta["class_names"]))
-        self.codes[self.written:end] = codes
-        self.labels[self.written:end] = labels
-        self.written = end
+        try:
+            self.file.write(codes.astype(_code_dtype(self.meta["codebook_size"])).tobytes())
+        except OSError as full:
+            full.filename = self.file.name
+            raise
+        self.labels.extend(labels.tolist())
+        self.meta["images"] += len(codes)
 
     def __enter__(self):
         return self
@@ -86,25 +84,23 @@ class CodeWriter:
             if error is None:
                 self._close()
         finally:
-            for name in ("codes", "fewer", "labels", "meta"):
+            with suppress(OSError):  # on a full disk it fails again
+                self.file.close()
+            for name in NAMES:
                 self._temporary(name).unlink(missing_ok=True)
 
     def _close(self):
-        if self.written == 0 and "part" not in self.meta:  # a part of a split may be unreadable
+        if not self.labels and "part" not in self.meta:  # a part of a split may be unreadable
             raise ValueError(f"no codes were written to {self.folder}")
-        name = "codes"
-        if self.written < len(self.codes):
-            name, codes = "fewer", self._open("fewer", self.written)
-            codes[:] = self.codes[:self.written]
-            self.codes = codes
-        self.codes.flush()
-        with open(self._temporary("labels"), "wb") as file:
-            np.save(file, self.labels[:self.written])
-        self.meta["images"] = self.written
-        self._temporary("meta").write_text(json.dumps(self.meta, indent=1))
-        (self.folder / "meta.json").unlink(missing_ok=True)  # meta.json says that the other two are whole
-        for temporary, final in ((name, "codes.npy"), ("labels", "labels.npy"), ("meta", "meta.json")):
-            self._temporary(temporary).replace(self.folder / final)
+        self._head()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        with open(self._temporary("labels.npy"), "wb") as file:
+            np.save(file, np.array(self.labels, dtype=np.int64))
+        self._temporary("meta.json").write_text(json.dumps(self.meta, indent=1))
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        for name in NAMES:
+            self._temporary(name).replace(self.folder / name)
 
 
 def _check_range(what, values, end):

@@ -4,6 +4,7 @@ B, 3, H, W: pixels in [-1, 1]; A: augmentations of a picture.
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -337,19 +338,6 @@ def check_batch(n, batch_size, world):
         raise ValueError(f"the global batch size {batch_size} cannot be shared evenly by {world} ranks")
 
 
-class _Endless:
-    def __init__(self, *args, start_step):
-        self.args, self.start_step = args, start_step
-
-    def __iter__(self):
-        n, batch_size, seed, rank, world = self.args
-        step = self.start_step
-        while True:
-            epochs, indices = endless_positions(n, step, batch_size, seed, rank, world)
-            yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
-            step += 1
-
-
 def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless (images [B/world, 3, H, W], labels int64 [B/world]); batch s depends on (seed, s) alone, so it resumes.
 
@@ -359,8 +347,9 @@ def image_batches(image_set, size, batch_size, seed, start_step=0, workers=0, ra
     n = len(image_set)
     check_batch(n, batch_size, world)
     views = Views(image_set, size, seed=seed, retries=int(image_set.bad_share * n))
-    batches = _batches(image_set, views, _Endless(n, batch_size, seed, rank, world, start_step=start_step), workers)
-    return ((images, labels) for images, labels, _ in batches)
+    positions = (endless_positions(n, step, batch_size, seed, rank, world) for step in itertools.count(start_step))
+    keys = (list(zip(*(part.tolist() for part in pair), strict=True)) for pair in positions)  # (epoch, index) each
+    return ((images, labels) for images, labels, _ in _batches(image_set, views, keys, workers))
 
 
 def eval_batches(image_set, size, batch_size, crop=center_crop, workers=0, seed=0, indices=None):

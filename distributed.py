@@ -145,8 +145,4 @@ def stopping():
 
 def clock(args, elapsed):
     """Seconds of the run so far; where they decide when it ends, those of the first process."""
-    if dist.is_initialized() and args.max_minutes < math.inf:
-        elapsed = [elapsed]
-        dist.broadcast_object_list(elapsed)
-        elapsed = elapsed[0]
-    return elapsed
+    return everyone(elapsed)[0] if args.max_minutes < math.inf else elapsed

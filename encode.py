@@ -131,37 +131,23 @@ def caption_reader(args, device):
     return CaptionTokens(everyone(model)[0], args.text_length)
 
 
-def lock(path):
-    """The file, locked until it is closed or the process ends, or None where another process holds it."""
-    while True:
-        file = open(path, "ab")
+@contextmanager
+def alone(out, rank):
+    """OUT belongs to this run, all its processes, until it ends or is killed; ValueError where another is writing."""
+    file, refused = None, False
+    if rank == 0 and fcntl:
+        file = open(out / ".lock", "ab")  # it stays: removing it would be a race
+        os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.close()
+            refused = True
         except OSError:  # a file system without locks
-            return file
-        if os.fstat(file.fileno()).st_nlink:  # else a run that ended has just removed it
-            os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
-            return file
-        file.close()
-
-
-@contextmanager
-def alone(out, rank):
-    """OUT belongs to this run, all its processes, until the end; ValueError where another run is writing to it."""
-    file = refused = None
-    if rank == 0 and fcntl:
-        file = lock(out / ".lock")
-        refused = file is None
+            pass
     if everyone(refused)[0]:
         raise ValueError(f"another run is writing to {out}: wait until it ends, or give another --out")
-    try:
+    with file or nullcontext():
         yield
-    finally:
-        if file:
-            (out / ".lock").unlink(missing_ok=True)
-            file.close()
 
 
 def pictures_sha256(image_set):
@@ -195,7 +181,7 @@ def encode_images(vq, image_set, indices, crop, folder, meta, args, device, read
     size, n_aug = tuple(meta["image_size"]), len(meta["augmentations"])
     grid = [side // vq.config.factor for side in size]
     texts = CaptionWriter(folder, reader) if reader else nullcontext()
-    with CodeWriter(folder, len(indices), grid, vq.config.codebook_size, meta) as writer, texts:
+    with CodeWriter(folder, grid, vq.config.codebook_size, meta) as writer, texts:
         for images, labels, kept in eval_batches(image_set, size, args.batch_size, crop=crop, workers=args.workers,
                                                  seed=args.seed, indices=indices):
             images = images.view(-1, *images.shape[-3:]).to(device, non_blocking=True)  # b * n_aug, 3, H, W
@@ -205,7 +191,7 @@ def encode_images(vq, image_set, indices, crop, folder, meta, args, device, read
             if reader:
                 texts.write([image_set.captions[i] for i in kept])
             bar.update()
-    return writer.written
+    return writer.meta["images"]
 
 
 def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, reader):
@@ -255,7 +241,7 @@ def join(folder, parts, image_set, reader):
     check_lost(len(image_set) - n, image_set)
     meta = {key: value for key, value in metas[0].items() if key != "part"}
     texts = CaptionWriter(folder, reader) if reader else nullcontext()
-    with CodeWriter(folder, n, meta["grid"], meta["codebook_size"], meta) as writer, texts:
+    with CodeWriter(folder, meta["grid"], meta["codebook_size"], meta) as writer, texts:
         for part, of_part in zip(tqdm(parts, desc=f"{folder}", unit="part"), metas, strict=True):
             if of_part["images"]:
                 file = CodeFile(part)

@@ -42,11 +42,14 @@ def options():
     model.add_argument("--cond-rope", choices=["identity", "zero"],
                        help="rotation of condition tokens (default: identity; LlamaGen: zero)")
     model.add_argument("--n-kv-head", type=int, help="key and value heads (default: as many as query heads)")
-    model.add_argument("--dropout", type=float, default=0.1, help="share of embeddings, attention and FFN dropped")
-    model.add_argument("--cond-dropout", type=float, default=0.1, help="share of unconditional images, for guidance")
+    model.add_argument("--dropout", type=float, default=GPTConfig.dropout,
+                       help="share of embeddings, attention and FFN dropped")
+    model.add_argument("--cond-dropout", type=float, default=GPTConfig.cond_dropout,
+                       help="share of unconditional images, for guidance")
     model.add_argument("--code-features", action=argparse.BooleanOptionalAction, default=False,
                        help="let the GPT see the tokenizer's code vectors, in embeddings and logits")
-    model.add_argument("--caption-loss-weight", type=float, default=0.0, help="weight of the loss on caption tokens")
+    model.add_argument("--caption-loss-weight", type=float, default=GPTConfig.caption_loss_weight,
+                       help="weight of the loss on caption tokens")
     look = parser.add_argument_group("pictures")
     look.add_argument("--sample-cfg-scale", type=float, default=2.0,
                       help="classifier-free guidance of the sample grids (1: none)")
@@ -182,7 +185,7 @@ def train(args, device, rank, world, asked):
     parts = {name: part for name, part in parts.items() if part is not None}
 
     torch.manual_seed(args.seed + rank)  # each process drops other things
-    start_step, elapsed, trained_on = checkpoints.load_state(args.out, args, parts, device)
+    start_step, elapsed, trained_on = checkpoints.load_state(args, parts)
     if trained_on:
         codes.check(**trained_on)
     run_model = model if args.fsdp else distributed.parallel(model, device)
@@ -201,7 +204,7 @@ def train(args, device, rank, world, asked):
     def save(step):
         files = {"gpt.pt": dict(unsharded(best).checkpoint(), **codes.origin(), step=step)}
         data = {name: codes.meta[name] for name in SAME}
-        return checkpoints.save_state(args.out, args, step, elapsed, parts, files, data, device)
+        return checkpoints.save_state(args, step, elapsed, parts, files, data)
 
     def picture(name):
         painter = unsharded(best)
@@ -219,7 +222,7 @@ def train(args, device, rank, world, asked):
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_gpt", unit="step", disable=rank > 0)
     step, stopped = start_step, False
-    while (progress := training.progress(args, step, elapsed)) < 1 and not stopped:
+    while (progress := training.progress(args, step, elapsed)) < 1:
         lr = training.learning_rate(args, step, progress)
         batch = codes.code_batch(step, args.batch_size, args.seed, rank, world)
         batch = [x.to(device, non_blocking=True).split(args.micro_batch_size) for x in batch]

@@ -54,14 +54,17 @@ def options():
     model.add_argument("--hub", action="store_true", help=command_line.HUB_HELP)
     model.add_argument("--codebook-size", type=int, help="codes (default: the preset's)")
     model.add_argument("--code-dim", type=int, help="channels of a code's vector (default: the preset's)")
-    model.add_argument("--model-dropout", type=float, default=0.0, help="share of channels dropped in residual blocks")
+    model.add_argument("--model-dropout", type=float, default=VQConfig.dropout,
+                       help="share of channels dropped in residual blocks")
     book = parser.add_argument_group("codebook")
-    book.add_argument("--beta", type=float, default=0.25, help="weight of the commitment loss")
+    book.add_argument("--beta", type=float, default=VQConfig.beta, help="weight of the commitment loss")
     book.add_argument("--codebook-weight", type=float, default=1.0, help="of codebook, commitment and entropy losses")
-    book.add_argument("--entropy-weight", type=float, default=0.0, help="weight of the entropy loss (0: not computed)")
+    book.add_argument("--entropy-weight", type=float, default=VQConfig.entropy_weight,
+                      help="weight of the entropy loss (0: not computed)")
     book.add_argument("--kmeans-step", type=int, default=0, help="step at which k-means sets the codes (0: never)")
     book.add_argument("--restart-every", type=int, default=0, help="steps between restarts of unused codes (0: never)")
-    book.add_argument("--usage-window", type=int, default=65536, help="latest codes of a process that usage counts")
+    book.add_argument("--usage-window", type=int, default=VQConfig.usage_window,
+                      help="latest codes of a process that usage counts")
     loss = parser.add_argument_group("losses")
     loss.add_argument("--perceptual-weight", type=float, default=1.0, help="weight of LPIPS (0: none, no VGG16 needed)")
     loss.add_argument("--disc-weight", type=float, default=0.5,
@@ -157,7 +160,7 @@ def train(args, device, rank, world, asked):
     parts = {name: part for name, part in parts.items() if part is not None}
 
     torch.manual_seed(args.seed + rank)  # each process drops and redraws other things
-    start_step, elapsed, _ = checkpoints.load_state(args.out, args, parts, device)
+    start_step, elapsed, _ = checkpoints.load_state(args, parts)
     compile_model = device.type == "cuda" and not args.adaptive_disc_weight if args.compile is None else args.compile
     run_model = distributed.parallel(torch.compile(model) if compile_model else model, device)
     run_disc = distributed.parallel(disc, device) if disc else None
@@ -171,7 +174,7 @@ def train(args, device, rank, world, asked):
 
     def save(step):
         files = {"vq.pt": dict(best.checkpoint(), step=step)}
-        return checkpoints.save_state(args.out, args, step, elapsed, parts, files, None, device)
+        return checkpoints.save_state(args, step, elapsed, parts, files)
 
     def draw(name):
         if rank == 0:
@@ -183,7 +186,7 @@ def train(args, device, rank, world, asked):
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
     bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
     step, stopped = start_step, False
-    while (progress := training.progress(args, step, elapsed)) < 1 and not stopped:
+    while (progress := training.progress(args, step, elapsed)) < 1:
         lr = training.learning_rate(args, step, progress)
         images = next(batches)[0].to(device, memory_format=torch.channels_last, non_blocking=True)
         moved = step == args.kmeans_step > 0
@@ -197,25 +200,22 @@ def train(args, device, rank, world, asked):
         adversarial = disc is not None and step >= args.disc_start
         fakes, micro = [], images.split(args.micro_batch_size)
         for i, part in enumerate(micro, 1):
-            more = i < len(micro)
-            with distributed.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
+            with distributed.unsynchronised(run_model, i < len(micro)), training.advice(args, f"{args.size} pixels"):
                 with common.autocast(device, dtype):
                     rec, code_losses, _ = run_model(part)
-            with common.autocast(device, dtype):
-                losses = {"mse": F.mse_loss(rec.float(), part)}
-                if lpips:
-                    losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
+                    losses = {"mse": F.mse_loss(rec.float(), part)}
+                    if lpips:
+                        losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
+                    if adversarial:
+                        disc.requires_grad_(False)  # until its own step below
+                        g_loss = g_loss_fn(disc(rec).float())
                 if adversarial:
-                    disc.requires_grad_(False)  # until its own step below
-                    g_loss = g_loss_fn(disc(rec).float())
-            if adversarial:
-                weight = args.disc_weight
-                if args.adaptive_disc_weight:
-                    weight *= adaptive_weight(sum(losses.values()), g_loss, model.decoder.conv_out.weight)
-                losses["adversarial"] = weight * g_loss
-            losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
-            loss = sum(losses.values())
-            with distributed.unsynchronised(run_model, more), training.advice(args, f"{args.size} pixels"):
+                    weight = args.disc_weight
+                    if args.adaptive_disc_weight:
+                        weight *= adaptive_weight(sum(losses.values()), g_loss, model.decoder.conv_out.weight)
+                    losses["adversarial"] = weight * g_loss
+                losses |= {name: args.codebook_weight * value for name, value in code_losses.items()}
+                loss = sum(losses.values())
                 (loss / len(micro)).backward()
             fakes.append(rec.detach())
             means.add(loss=loss, **losses)

@@ -354,7 +354,7 @@ def run_dir(tmp_path):
                 image_size=[4, 8], data="none", split="val")
     save_file(tmp_path / "gpt.pt", dict(gpt.checkpoint(), codes=meta))
     rng = np.random.default_rng(0)
-    with CodeWriter(tmp_path / "codes", 45, (2, 4), 16, meta) as writer:
+    with CodeWriter(tmp_path / "codes", (2, 4), 16, meta) as writer:
         writer.write(torch.from_numpy(rng.integers(0, 16, (45, 2, 8))), torch.from_numpy(rng.integers(0, 4, 45)))
     return tmp_path
 

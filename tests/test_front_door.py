@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     meta = dict(tokenizer="vq.pt", tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12], notice="",
                 augmentations=["centre"], class_names=["tabby", "tiger", "husky"], data="x")
     for split in ("train", "val"):
-        with CodeWriter(folder / "codes" / split, 3, (2, 3), 32, dict(meta, split=split)) as writer:
+        with CodeWriter(folder / "codes" / split, (2, 3), 32, dict(meta, split=split)) as writer:
             writer.write(torch.zeros(3, 1, 6, dtype=torch.long), torch.arange(3))
     save_file(folder / "gpt.pt", dict(GPT(GPTConfig(**LLAMA)).checkpoint(), codes=meta))
     save_file(folder / "gpt24.pt", GPT(GPTConfig(**LLAMA | dict(vocab_size=24))).checkpoint())

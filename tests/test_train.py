@@ -66,7 +66,7 @@ def codes(tmp_path_factory):
     meta = dict(tokenizer=str(folder / "vq.pt"), tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12],
                 augmentations=["a", "b"], class_names=["cat", "dog", "cow"], data="x", notice="")
     for split, n in (("train", 12), ("val", 4)):
-        with CodeWriter(folder / "codes" / split, n, (2, 3), 32, dict(meta, split=split)) as writer:
+        with CodeWriter(folder / "codes" / split, (2, 3), 32, dict(meta, split=split)) as writer:
             writer.write(torch.randint(32, (n, 2, 6)), torch.arange(n) % 3)
     return folder / "codes"
 
