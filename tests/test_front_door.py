@@ -136,6 +136,18 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
         command_line.cli(broken)
 
 
+def test_an_error_of_one_of_several_processes_waits_for_no_thread(monkeypatch, capfd):
+    def broken():
+        print("before")
+        raise ValueError("bad input")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"at once, {code}"))
+    with pytest.raises(SystemExit, match="at once, 2"):
+        command_line.cli(broken)
+    assert "before" in capfd.readouterr().out
+
+
 # The published files
 
 def test_missing_published_files_have_an_address(tmp_path):
