@@ -163,7 +163,7 @@ def recon(args):
                 network = Inception.from_pretrained(args.inception).to(device)
             else:
                 lpips = LPIPS().to(device)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ImportError) as error:
             missing[name] = f"not measured: {error}"
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure that a GPU can give, into benchmarks/<gpu>/: bash runs/benchmark.sh [part ...] [--quick | --dry-run]
+# Every figure that a GPU can give, into benchmarks/<gpu>/: bash runs/benchmark.sh [part ...] [option ...]
 #   check     every kernel against float64 at real sizes, then the kernels' tests      about 4 minutes on one H100
 #   kernels   times against eager PyTorch, torch.compile and libraries                 8
 #   sampler   seconds for 576 codes, B to 3B, against LlamaGen's method                7
@@ -8,17 +8,20 @@
 #   tokenizer images/s of VQ-16: training, encoding, decoding                          5
 #   tune      other tiles and decisions than the kernels', if it is named              2
 # The others by default. --quick: fewer rows, about 4 minutes in all. --dry-run: without a GPU, everything but the card,
-# and what the kernels compile to. A part that fails says so, the others go on. PYTHON names the interpreter.
+# and what the kernels compile to. --minutes 4: what a part may take, instead of 7.5; it leaves the last rows out. --out
+# FOLDER, instead of benchmarks. A part that fails says so, the others go on. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 parts=() options=() failed=()
-for word in "$@"; do
-  case $word in
-    --quick | --dry-run) options+=("$word") ;;
-    check | kernels | sampler | training | demo | tokenizer | tune) parts+=("$word") ;;
-    *) echo "$word is neither a part (check, kernels, sampler, training, demo, tokenizer, tune) nor --quick or --dry-run" >&2; exit 2 ;;
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick | --dry-run | --minutes=* | --out=*) options+=("$1") ;;
+    --minutes | --out) options+=("$1" "${2?$1 needs a value}"); shift ;;
+    check | kernels | sampler | training | demo | tokenizer | tune) parts+=("$1") ;;
+    *) echo "$1 is neither a part (check, kernels, sampler, training, demo, tokenizer, tune) nor an option (--quick, --dry-run, --minutes, --out)" >&2; exit 2 ;;
   esac
+  shift
 done
 [ ${#parts[@]} -gt 0 ] || parts=(check kernels sampler training demo tokenizer)
 

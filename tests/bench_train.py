@@ -260,7 +260,7 @@ def emoji(out, minutes, steps, size):
           out / "emoji/gpt", *common_words, *limits[1]], out / "emoji.log")
     results = [json.loads((out / "emoji" / part / "result.json").read_text()) for part in ("vq", "gpt")]
     row = dict(seconds=time.monotonic() - began, vq_steps=results[0]["steps"], gpt_steps=results[1]["steps"])
-    return row | {name: results[1][name] for name in ("train_loss", "val_loss")} | dict(psnr=results[0].get("psnr"))
+    return row | {name: results[1][name] for name in ("train_loss", "val_loss")} | dict(psnr=results[0]["val_psnr"])
 
 
 def demo(args):

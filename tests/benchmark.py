@@ -17,6 +17,7 @@ import time
 import traceback
 
 import torch
+import torch._functorch.config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -24,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import kernels  # noqa: E402 - needs the path above
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" in a dry run
+# Its key does not know which backend of attention is allowed: what was compiled for one would be timed for the others.
+torch._functorch.config.enable_autograd_cache = False
 
 
 @dataclasses.dataclass
@@ -61,7 +64,8 @@ def about_machine(top):
     triton = getattr(kernels.triton, "__version__", "none")
     versions = dict(driver=driver, torch=torch.__version__, triton=triton, commit=commit)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    ceilings = dict(copy_tb_per_s=top.copy / 1e12, matmul_tflop_per_s=top.matmul / 1e12)
+    ceilings = dict(copy_tb_per_s=top.copy / 1e12, matmul_tflop_per_s=top.matmul / 1e12,
+                    multiprocessors=top.multiprocessors)
     return dict(gpu=name, **versions, date=now, **ceilings)
 
 

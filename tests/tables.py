@@ -3,8 +3,8 @@ and the lines of each file.
 
     python tests/tables.py [--check]    # writes them between their markers; --check: only says whether they are there
 
-The GPU is an H100, for which the predictions are, or if none was measured, the last one that was; what was not measured
-on it reads so.
+The GPU is an H100 or, if none was measured, the last one that was, and predictions are made from the two ceilings that
+were measured with it; without any, from an H100's. What was not measured reads so.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from benchmark import Ceilings, read_csv  # noqa: E402
 import training  # noqa: E402
 from gpt import GPT, PRESETS, GPTConfig  # noqa: E402
 
-GPU, TOP, NOTHING = "H100", Ceilings(), "not measured"
+GPU, NOTHING = "H100", "not measured"
+NAMES = "kernels", "sample", "train", "vq"  # of the tables that are shown
 
 
 def measured_gpu():
     """Folder of the GPU whose figures are shown, or None."""
     last = {}  # folder -> date of its newest row
-    names = "kernels", "sample", "train", "vq"
-    for path in (path for name in names for path in ROOT.glob(f"benchmarks/*/{name}.csv")):
+    for path in (path for name in NAMES for path in ROOT.glob(f"benchmarks/*/{name}.csv")):
         if path.parent.name != "dry-run" and not path.parent.name.endswith("_quick"):
             last[path.parent] = max([last.get(path.parent, ""), *(row["date"] for row in read_csv(path))])
     return max(last, key=lambda folder: (GPU in folder.name, last[folder]), default=None)
@@ -43,6 +43,17 @@ def measured(name, **key):
     """The row of a table with these values, or {}."""
     rows = read_csv(gpu / f"{name}.csv") if (gpu := measured_gpu()) else []
     return next((row for row in rows if all(row[k] == str(v) for k, v in key.items())), {})
+
+
+def ceilings():
+    """What predictions are made from, and how to say so."""
+    rows = [row for name in NAMES for row in read_csv(gpu / f"{name}.csv")] if (gpu := measured_gpu()) else []
+    newest = max(rows, key=lambda row: row["date"], default={})
+    if not newest.get("copy_tb_per_s"):
+        return Ceilings(), "predicted on an H100"
+    copy, matmul = (float(newest[name]) for name in ("copy_tb_per_s", "matmul_tflop_per_s"))
+    top = Ceilings(1e12 * copy, 1e12 * matmul, int(newest["multiprocessors"]))
+    return top, f"predicted for its {copy:.2f} TB/s and {matmul:.0f} TFLOP/s"
 
 
 def measured_on():
@@ -84,23 +95,23 @@ def of_time(ms, unit):
 
 
 def kernels_table():
+    (top, predicted_for), rows = ceilings(), []
     known = {(case.op, case.shape, case.direction): case for case in bench_kernels.cases()}
-    rows = []
     for text, bound, keys, registers in bench_kernels.README:
         cases = [known[key] for key in keys]
         unit = "ms" if cases[0].search or cases[0].passes else "us"
-        floors = [of_time(case.floor_ms(TOP), unit) for case in cases]
+        floors = [of_time(case.floor_ms(top), unit) for case in cases]
         floor = f"{bound}, {joined(floors, unit)}" if max(case.latency_ms for case in cases) < 0.005 else bound
-        predicted = joined([of_time(case.predicted_ms(TOP), unit) for case in cases], unit)
+        predicted = joined([of_time(case.predicted_ms(top), unit) for case in cases], unit)
         targets = [case.targets for case in cases]
         if "tflop_per_s" in targets[0]:
-            rates = [f"{case.flops / case.predicted_ms(TOP) / 1e9:.0f}" for case in cases]
+            rates = [f"{case.flops / case.predicted_ms(top) / 1e9:.0f}" for case in cases]
             predicted += f" ({joined(rates, 'TFLOP/s')})"
             target = joined([f"{t['tflop_per_s']}" for t in targets], "TFLOP/s")
         elif "ours_ms" in targets[0]:
             target = joined([f"{1e3 * t['ours_ms']:.0f}" if unit == "us" else f"{t['ours_ms']}" for t in targets], unit)
         elif cases[0].passes:
-            target = joined([of_time(c.floor_ms(TOP) / c.targets["share_of_floor"], unit) for c in cases], unit)
+            target = joined([of_time(c.floor_ms(top) / c.targets["share_of_floor"], unit) for c in cases], unit)
         elif "share_of_floor" in targets[0]:
             target = joined([f"{100 * t['share_of_floor']:.0f}" for t in targets], "% of copy").replace(" %", "%")
         else:
@@ -108,25 +119,25 @@ def kernels_table():
         found = [measured("kernels", op=op, shape=shape, direction=direction) for op, shape, direction in keys]
         used = " / ".join(map(str, registers.values()))
         rows.append((text, floor, used, predicted, target, of_kernel(found, unit, cases)))
-    head = ("kernel", "bound by", "registers on sm_90", "predicted on an H100", "target", measured_on())
+    head = ("kernel", "bound by", "registers on sm_90", predicted_for, "target", measured_on())
     return markdown(head, rows)
 
 
 def sampling_table():
-    columns = []
+    (top, predicted_for), columns = ceilings(), []
     for preset, target in bench_sample.TARGET_S.items():
         with torch.device("meta"):
             model = GPT(GPTConfig(**PRESETS[preset], grid=(24, 24))).bfloat16()
         few, many = (measured("sample", preset=preset, rows=rows, codes=576) for rows in (16, 256))
-        floor, most = (bench_sample.floor_seconds(model, rows, TOP.copy) for rows in (16, 256))
-        predicted = bench_sample.predicted_seconds(model, 16, TOP.copy)
+        floor, most = (bench_sample.floor_seconds(model, rows, top.copy) for rows in (16, 256))
+        predicted = bench_sample.predicted_seconds(model, 16, top.copy)
         columns.append((
             preset, f"{floor:.{2 if floor > 1 else 3}f}", f"{predicted:.2f}", f"{target:.2f}",
             number(few, "ours_s", ".3g"), number(few, "vs_full cache", ".3g"), number(few, "vs_compiled", ".3g"),
             f"{128 / most:.0f}", f"{128 * bench_sample.TARGET_SHARE / most:.0f}", number(many, "images_per_s", ".3g"),
         ))
     vs = {name: f"at least {value}" for name, value in bench_sample.TARGET_VS.items()}
-    names = ("seconds", "floor", "predicted", "target", measured_on(),
+    names = ("seconds", "floor", predicted_for, "target", measured_on(),
              f"times as long: LlamaGen's method ({vs['full cache']})", f"the same compiled ({vs['compiled']})",
              "256 rows, images/s: floor", "target", measured_on())
     head, *rows = zip(names, *columns, strict=True)
@@ -134,12 +145,12 @@ def sampling_table():
 
 
 def training_table():
-    columns = []
+    (top, predicted_for), columns = ceilings(), []
     for preset in ("B", "L", "XL"):
         for side in (16, 24):
             with torch.device("meta"):
                 model = GPT(bench_train.make_config(preset, side))
-            images, ms = bench_train.IMAGES[side], bench_train.predicted_ms(model, side, bench_train.PARTS[preset], TOP)
+            images, ms = bench_train.IMAGES[side], bench_train.predicted_ms(model, side, bench_train.PARTS[preset], top)
             mfu = images * model.flops_per_image() / (1e-3 * ms) / (1e12 * training.PEAK_TFLOPS["H100"])
             found = measured("train", preset=preset, tokens=side**2, images=images)
             target, ratio = bench_train.TARGET_MFU.get(preset), bench_train.TARGET_VS_COMPILE.get(preset)
@@ -154,16 +165,16 @@ def training_table():
                 f"{target:.0%} MFU, {ratio}x torch.compile" if target else "-", of("both"), of("compile"), of("eager"),
                 number(found, "both_gib", ".1f"),
             ))
-    names = ("tokens/s (MFU) of GPT", "predicted", "target", f"{measured_on()}: kernels and torch.compile",
+    names = ("tokens/s (MFU) of GPT", predicted_for, "target", f"{measured_on()}: kernels and torch.compile",
              "torch.compile alone", "eager PyTorch", "GiB at the peak")
     head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 
 
 def tokenizer_table():
-    columns = []
+    (top, predicted_for), columns = ceilings(), []
     for job, dtype, images, _ in bench_vq.ROWS:
-        ms = bench_vq.predicted_ms("vq16", 256, job, dtype, images, TOP)
+        ms = bench_vq.predicted_ms("vq16", 256, job, dtype, images, top)
         found = measured("vq", job=job, preset="vq16", dtype=dtype, images=images)
         times = {name: float(found[f"{name}_ms"]) for name in bench_vq.CONTENDERS if found.get(f"{name}_ms")}
         best = min(times, key=times.get, default=None)
@@ -171,7 +182,7 @@ def tokenizer_table():
         name = {"train": "training", "encode": "encoding", "decode": "decoding"}[job]
         rate = number(found, "images_per_s", ",.0f")
         columns.append((f"{name}, {images}, {dtype}", f"{1e3 * images / ms:,.0f}", rate, fastest))
-    names = "images/s of VQ-16", "predicted", f"{measured_on()}, as the scripts do it", "the fastest way"
+    names = "images/s of VQ-16", predicted_for, f"{measured_on()}, as the scripts do it", "the fastest way"
     head, *rows = zip(names, *columns, strict=True)
     return markdown(head, rows)
 

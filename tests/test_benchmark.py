@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import subprocess
 import time
@@ -14,6 +15,9 @@ import bench_vq
 import benchmark
 import pytest
 import tables
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
@@ -33,17 +37,21 @@ def test_tables_read_what_a_gpu_left(tmp_path, monkeypatch):
         folder = tmp_path / "benchmarks" / gpu
         folder.mkdir(parents=True)
         (folder / "kernels.csv").write_text(
-            "op,shape,direction,ours_ms,share_of_floor,vs_eager,vs_compile,date\n"
-            f"nearest_code,262144x16384 D=8,fwd,{ms},0.458,60.1,15.3,{date}\n"
+            "op,shape,direction,ours_ms,share_of_floor,vs_eager,vs_compile,copy_tb_per_s,matmul_tflop_per_s,"
+            "multiprocessors,date\n"
+            f"nearest_code,262144x16384 D=8,fwd,{ms},0.458,60.1,15.3,{3.0 if 'H100' in gpu else 4.5},800,132,{date}\n"
         )
     (tmp_path / "benchmarks/NVIDIA_B200").mkdir()  # only checked, later
     (tmp_path / "benchmarks/NVIDIA_B200/check.csv").write_text("op,date\nnearest_code,2026-01-06\n")
+    assert "| 0.070 | 0.212 |" in tables.sampling_table()
     for gone, gpu, ms in (([], "H100 80GB HBM3", 0.75), (["H100_80GB_HBM3", "H100_NVL"], "H200", 0.60)):
         for name in gone:
             shutil.rmtree(tmp_path / f"benchmarks/NVIDIA_{name}")
         head, _, first, *_ = tables.kernels_table().splitlines()
         assert head.endswith(f"| target | measured on one NVIDIA {gpu} |")
         assert first.endswith(f"| 0.9 ms | {ms:.2f} ms, 46 % of the floor, 60x eager, 15x compile |")
+    assert "| predicted for its 4.50 TB/s and 800 TFLOP/s |" in head
+    assert "| floor | 0.047 | 0.141 |" in tables.sampling_table()  # two thirds of an H100's
 
 
 def test_the_tokenizers_table_names_the_fastest_way(tmp_path, monkeypatch):
@@ -56,6 +64,20 @@ def test_the_tokenizers_table_names_the_fastest_way(tmp_path, monkeypatch):
     ours, fastest = tables.tokenizer_table().splitlines()[3:]
     assert ours == "| measured on one NVIDIA H100, as the scripts do it | 800 |" + 3 * " not measured |"
     assert fastest == "| the fastest way | 1,600 (both) |" + 3 * " not measured |"
+
+
+def test_each_backend_of_attention_is_compiled_anew():
+    """Not taken from a cache on disk, whose key does not know which one was allowed."""
+    q, used = torch.randn(1, 2, 16, 8), []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        benchmark.release_memory()
+        attend = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        with sdpa_kernel(backend):
+            attend(q)
+            with torch.profiler.profile() as profile:
+                attend(q)
+        used.append(any("flash_attention" in event.key for event in profile.key_averages()))
+    assert used == [True, False]
 
 
 def run(args, plan):
@@ -201,3 +223,13 @@ def test_no_gpu_no_figures(tmp_path):
             bench_train.main(["--out", str(tmp_path)])
     done = subprocess.run(["bash", "runs/benchmark.sh", "kernel"], capture_output=True, text=True, cwd=benchmark.ROOT)
     assert done.returncode == 2 and "neither a part" in done.stderr
+
+
+def test_options_of_the_benchmark_reach_every_part():
+    command = ["bash", "runs/benchmark.sh", "--minutes", "4", "sampler", "--out=there", "--quick", "demo"]
+    told = dict(capture_output=True, text=True, cwd=benchmark.ROOT, env=os.environ | dict(PYTHON="echo"))
+    done = subprocess.run(command, **told)
+    options = "--minutes 4 --out=there --quick"
+    assert done.stdout.splitlines() == ["== sampler", f"tests/bench_sample.py {options}",
+                                        "== demo", f"tests/bench_train.py --demo {options}"]
+    assert "--minutes needs a value" in subprocess.run([*command, "--minutes"], **told).stderr

@@ -92,7 +92,8 @@ def test_kernel_keeps_and_draws_what_sorting_does(settings):
             expected.append(code)
             allowed.append(close)
         got = draw(rows, torch.tensor(u), **settings).cpu()
-        assert ((got == torch.tensor(expected)) | torch.tensor(allowed)).all() and sum(allowed) <= 3
+        assert ((got == torch.tensor(expected)) | torch.tensor(allowed)).all()
+        assert sum(allowed) <= (10 if DEVICE == "cuda" else 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
