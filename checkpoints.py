@@ -42,10 +42,11 @@ def keep(path, name):
             shutil.copytree(path, temporary, copy_function=link)
         else:
             link(path, temporary)
-        remove(target)
-        temporary.rename(target)
+        if path.is_dir() or target.is_dir():
+            remove(target)
+        temporary.replace(target)
     finally:
-        remove(temporary)
+        remove(temporary)  # it stays where NAME is this file already
 
 
 def save_state(args, step, elapsed, parts, files, data=None):
@@ -76,7 +77,7 @@ def save_state(args, step, elapsed, parts, files, data=None):
             else:
                 remove(fresh)  # a killed sharded run may have left a folder
                 save_file(fresh, state | {name: part.state_dict() for name, part in parts.items()})
-            if path.exists():  # at every moment one of the two is whole
+            if path.exists():  # which is whole (load_state): at every moment it or the new one is
                 remove(previous)
                 path.rename(previous)
             fresh.rename(path)
@@ -110,6 +111,9 @@ def load_state(args, parts):
                 raise
             log.warning("%s; going on from %s", error, paths[-1])
     rank, world = launched()
+    if agree(path != paths[0]) and rank == 0:  # the next checkpoint would take the place of the one that is whole
+        remove(args.out / "state.pt.damaged")
+        paths[0].rename(args.out / "state.pt.damaged")
     if len(state["own"]) == world:
         set_own_state(state["own"][rank], parts)
     return state["step"], state["elapsed"], state["data"]

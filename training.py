@@ -273,7 +273,7 @@ class RunLog:
         figure, axes = plt.subplots(figsize=(7, 4))
         parts = [name for name in parts if any(name in row for row in self.rows)]
         for label, names, marker in (("training", parts, None), ("held out", ["val_loss"], ".")):
-            points = [(row["step"], sum(row[x] for x in names)) for row in self.rows if names and {*names} <= {*row}]
+            points = [(row["step"], sum(row[x] for x in names if x in row)) for row in self.rows if {*names} & {*row}]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker=marker)
         axes.set(xlabel="step", ylabel=" + ".join(parts), title=self.out.name)

@@ -14,7 +14,19 @@ import test_train
 import test_training
 import torch
 from test_train import LLAMA, gpt_options, run, same, series
-from test_training import BARE, Trap, finish, killed, load, rows, small, start, step
+from test_training import (
+    BARE,
+    Trap,
+    check_left,
+    finish,
+    killed,
+    killed_between,
+    load,
+    rows,
+    small,
+    start,
+    step,
+)
 from torch.distributed.checkpoint import metadata
 
 import checkpoints
@@ -241,14 +253,16 @@ def test_a_killed_sharded_run_goes_on(codes, tmp_path):
     options = (*FSDP, "--max-steps", 4, "--save-every", 1, "--ema", 0.8)
     moments = random.Random(0).sample([(at, after) for at in range(1, 50) for after in (False, True)], 12)
     outs = {tmp_path / f"{at} {after}": partial(killed, at, after) for at, after in moments}
+    outs[tmp_path / "between"] = killed_between
     children = [start_gpt(out, codes, *options, world=1, before=kill)[0] for out, kill in outs.items()]
     whole = start_gpt(tmp_path / "whole", codes, *options, world=1)
-    assert finish(children + whole) == 12 * [-signal.SIGKILL] + [0]
-    assert finish([start_gpt(out, codes, *options, "--resume", "auto", world=1)[0] for out in outs]) == 12 * [0]
+    assert finish(children + whole) == 13 * [-signal.SIGKILL] + [0]
+    check_left(list(outs), lambda path: load(path / "rest.pt")["step"])
+    assert finish([start_gpt(out, codes, *options, "--resume", "auto", world=1)[0] for out in outs]) == 13 * [0]
     for out in outs:
         assert same(load(out / "gpt.pt"), load(tmp_path / "whole" / "gpt.pt"))
         assert series(rows(out), "loss") == series(rows(tmp_path / "whole"), "loss")
-        assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".old"))]
+        assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
 
 
 def fill_the_disk(folder):

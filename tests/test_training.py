@@ -359,16 +359,39 @@ def killed(at, after):
         setattr(os, name, partial(fatal, getattr(os, name)))
 
 
+def killed_between():
+    """kill -9 itself when the checkpoint has become the previous one, and the new one is not there yet."""
+    rename = os.rename
+
+    def fatal(source, target):
+        rename(source, target)
+        if str(target).endswith(".previous"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = fatal
+
+
+def check_left(outs, step_of):
+    """Where a checkpoint was once written there is one, and between two the one before."""
+    for out in outs:
+        if (out / "gpt.pt").exists() and load(out / "gpt.pt")["step"] > 1:
+            assert (out / "state.pt").exists() or (out / "state.pt.previous").exists(), out
+    between = outs[-1]
+    assert not (between / "state.pt").exists() and step_of(between / "state.pt.previous") == 1
+
+
 def test_a_killed_run_goes_on_from_a_whole_file(codes, tmp_path):
     options = gpt_options(codes, "--max-steps", 5, "--save-every", 1, "--ema", 0.8, "--lr", 1e-3)
     moments = random.Random(0).sample([(at, after) for at in range(1, 37) for after in (False, True)], 20)
     outs = {tmp_path / f"{at} {after}": partial(killed, at, after) for at, after in moments}
+    outs[tmp_path / "between"] = killed_between
     children = [start(train_gpt.main, out, *options, before=kill)[0] for out, kill in outs.items()]
-    assert finish(children + start(train_gpt.main, tmp_path / "whole", *options)) == 20 * [-signal.SIGKILL] + [0]
+    assert finish(children + start(train_gpt.main, tmp_path / "whole", *options)) == 21 * [-signal.SIGKILL] + [0]
     assert len(list(tmp_path.glob("*/*.tmp"))) > 5
+    check_left(list(outs), lambda path: load(path)["step"])
     for path in (path for end in ("pt", "previous") for path in tmp_path.glob(f"*/*.{end}")):
         assert 1 <= common.read_file(path)["step"] <= 5
-    assert finish([start(train_gpt.main, out, *options, "--resume", "auto")[0] for out in outs]) == 20 * [0]
+    assert finish([start(train_gpt.main, out, *options, "--resume", "auto")[0] for out in outs]) == 21 * [0]
     assert not list(tmp_path.glob("*/*.tmp"))
     for out, name in ((out, name) for out in outs for name in ("gpt.pt", "state.pt")):
         whole, again = (load(path / name) for path in (tmp_path / "whole", out))
@@ -405,6 +428,7 @@ def test_a_damaged_state_leaves_the_one_before(name, codes, tmp_path, monkeypatc
     assert f"{state}: not a readable checkpoint ({reason}); going on from {before}" in caplog.text
     assert f"| {name} | not a readable checkpoint ({reason}) |" in README
     assert same(load(out / "gpt.pt"), whole) and load(state)["step"] == 4
+    assert (out / "state.pt.damaged").exists() and load(before)["step"] == 3  # the whole one stood until the next was
     for path in (state, before):
         damage(path)
     with pytest.raises(SystemExit, match="2"):
