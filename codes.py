@@ -4,6 +4,7 @@ codes.npy [images, A, h*w]: uint16, or int32 for codebooks above 65,536; A augme
 raster order. labels.npy: int64 [images]. meta.json: what CODE_KEYS lists. Captions lie beside them (captions.py).
 """
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -30,6 +31,7 @@ def _code_dtype(codebook_size):
     return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
 
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of disks
 NAMES = "codes.npy", "labels.npy", "meta.json"  # the last says that the others are whole
 
 
@@ -68,22 +70,23 @@ class CodeWriter:
             raise ValueError(f"codes {codes.shape} and labels {labels.shape} do not fit images of {self.shape} codes")
         _check_range("codes", codes, self.meta["codebook_size"])
         _check_range("labels", labels, len(self.meta["class_names"]))
-        try:
-            self.file.write(codes.astype(_code_dtype(self.meta["codebook_size"])).tobytes())
-        except OSError as full:
-            full.filename = self.file.name
-            raise
+        self.file.write(codes.astype(_code_dtype(self.meta["codebook_size"])).tobytes())
         self.labels.extend(labels.tolist())
         self.meta["images"] += len(codes)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, _, error, __):
         try:
             if error is None:
                 self._close()
+        except OSError as full:
+            error = full
+            raise
         finally:
+            if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+                error.filename = str(self.folder)
             with suppress(OSError):  # on a full disk it fails again
                 self.file.close()
             for name in NAMES:
@@ -93,11 +96,13 @@ class CodeWriter:
         if not self.labels and "part" not in self.meta:  # a part of a split may be unreadable
             raise ValueError(f"no codes were written to {self.folder}")
         self._head()
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.file.close()
         with open(self._temporary("labels.npy"), "wb") as file:
             np.save(file, np.array(self.labels, dtype=np.int64))
         self._temporary("meta.json").write_text(json.dumps(self.meta, indent=1))
+        for name in NAMES:
+            with open(self._temporary(name), "r+b") as file:
+                os.fsync(file.fileno())
         (self.folder / "meta.json").unlink(missing_ok=True)
         for name in NAMES:
             self._temporary(name).replace(self.folder / name)

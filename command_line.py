@@ -1,10 +1,12 @@
 """Options and errors, the same for every script."""
 
 import argparse
+import atexit
 import math
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -111,7 +113,8 @@ def cli(main):
             reason = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         if torch.distributed.is_initialized():  # its threads may abort the process while the interpreter ends
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # a reader that has gone
+                atexit._run_exitfuncs()  # temporary folders, workers
+                sys.stdout.flush()
             os._exit(2)
         sys.exit(2)

@@ -137,13 +137,15 @@ def alone(out, rank):
     file, refused = None, False
     if rank == 0 and fcntl:
         file = open(out / ".lock", "ab")  # it stays: removing it would be a race
-        os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refused = True
+            file.close()
         except OSError:  # a file system without locks
             pass
+        else:
+            os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
     if everyone(refused)[0]:
         raise ValueError(f"another run is writing to {out}: wait until it ends, or give another --out")
     with file or nullcontext():

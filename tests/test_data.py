@@ -14,6 +14,7 @@ from PIL import Image
 
 import builtin_sets
 import data
+import encode
 from crops import center_crop, cover, mirrored, open_image, pair, random_crop, ten_crop, to_tensor
 from data import ImageSet, eval_batches, image_batches, load_images
 
@@ -260,6 +261,7 @@ def test_ten_crop_order():
     crops = [np.asarray(c) for c in ten_crop(img, 20, 1.5)]
     large = np.asarray(center_crop(img, 30))
     places = [large[5:25, 5:25], large[:20, :20], large[:20, 10:], large[10:, :20], large[10:, 10:]]
+    assert encode.PLACES == ["centre", "top left", "top right", "bottom left", "bottom right"]
     for got, expected in zip(crops, places + [c[:, ::-1] for c in places], strict=True):
         np.testing.assert_array_equal(got, expected)
 

@@ -136,16 +136,25 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
         command_line.cli(broken)
 
 
-def test_an_error_of_one_of_several_processes_waits_for_no_thread(monkeypatch, capfd):
-    def broken():
-        print("before")
-        raise ValueError("bad input")
+AMONG_OTHERS = """
+import tempfile, threading, time, torch, command_line
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"at once, {code}"))
-    with pytest.raises(SystemExit, match="at once, 2"):
-        command_line.cli(broken)
-    assert "before" in capfd.readouterr().out
+def main():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    main.folder = tempfile.TemporaryDirectory()
+    print(main.folder.name)
+    raise ValueError("bad input")
+
+torch.distributed.is_initialized = lambda: True
+command_line.cli(main)
+"""
+
+
+def test_an_error_of_one_of_several_processes_waits_for_no_thread():
+    """And leaves no temporary folder, nor what was printed in a buffer."""
+    done = subprocess.run([sys.executable, "-c", AMONG_OTHERS], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2 and done.stderr == "-c: error: bad input\n"
+    assert done.stdout.startswith("/") and not Path(done.stdout.strip()).exists()
 
 
 # The published files
