@@ -98,16 +98,16 @@ def write_numbers(codes, cell):
 
 @torch.no_grad()
 def explain(path, vq, real, painted):
-    """Two images [2, 3, H, W], their codes and what these decode to; a painted one, uint8 [H, W, 3], in steps."""
+    """Two images [2, 3, H, W], their codes and what these decode to; a painted one [H, W, 3], uncovered in steps."""
     codes, zoom = vq.encode(real), 4
     (h, w), cell = codes.shape[1:], zoom * vq.config.factor
     pixels, decoded = (to_uint8(x).repeat(zoom, 1).repeat(zoom, 2) for x in (real, vq.decode(codes)))
     tiles = [tile for i in range(2) for tile in (pixels[i], write_numbers(codes[i], cell), decoded[i])]
-    steps = [1, w, w + w // 2, 2 * w + 1, h * w - w, h * w]
+    steps = [h * w * i // 6 for i in range(1, 7)]
     for n in steps:
         drawn = (np.arange(h * w).reshape(h, w) < n).repeat(cell, 0).repeat(cell, 1)
         tiles.append(np.where(drawn[..., None], painted.repeat(zoom, 0).repeat(zoom, 1), np.uint8(200)))
-    labels = 2 * ["held-out image", "its codes", "decoded"] + ["1 code drawn", *(f"{n} codes" for n in steps[1:])]
+    labels = 2 * ["held-out image", "its codes", "decoded"] + [f"{n} codes drawn" for n in steps]
     save_grid(path, np.stack(tiles), len(steps), labels, scale=1)
 
 
@@ -294,7 +294,7 @@ def options():
         p.add_argument("--vq", type=Path, required=True, help="tokenizer, in the folder that train_vq.py made")
         p.add_argument("--gpt", type=Path, required=True, help="GPT, in the folder that train_gpt.py made")
         p.add_argument("--codes", type=Path, required=True, help="folder that encode.py made")
-        p.add_argument("--out", type=Path, required=True, help="folder for report.json and samples.png")
+        p.add_argument("--out", type=Path, required=True, help="folder for report.json and the pictures")
         p.add_argument("--seed", type=int, default=0, help="of what is reported")
         p.add_argument("--device", default="auto", help=DEVICE_HELP)
     p = commands.choices["digits"]

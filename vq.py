@@ -1,4 +1,4 @@
-"""The image tokenizer: a VQGAN whose codes are unit vectors (LlamaGen, arXiv 2406.06525, section 2.1).
+"""The image tokenizer: a VQGAN whose code vectors have length 1 (LlamaGen, arXiv 2406.06525, section 2.1).
 
 A code is a number below K: the row of a vector of D channels in the codebook.
 Shapes: B, 3, H, W pixels in [-1, 1]; B, h, w codes with h = H / factor; K, D the codebook; C channels.
