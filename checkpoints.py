@@ -11,7 +11,7 @@ import shutil
 import torch
 from torch.nn import Module
 
-from common import Unreadable, launched, read_file, save_file
+from common import Unreadable, rank_and_world, read_file, save_file
 from distributed import agree, everyone, local, sharded
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def save_state(args, step, elapsed, parts, files, data=None):
     state = dict(options={name: getattr(args, name) for name in FIXED}, parts=list(parts), data=data, step=step,
                  elapsed=elapsed, own=everyone(own_state(parts)))
     (path, previous, fresh), failed = (args.out / f"state.pt{end}" for end in ("", ".previous", ".tmp")), None
-    folder, first = sharded(parts["model"]), launched()[0] == 0
+    folder, first = sharded(parts["model"]), rank_and_world()[0] == 0
     if folder:
         from sharding import save_shards
 
@@ -110,7 +110,7 @@ def load_state(args, parts):
             if path == paths[-1]:
                 raise
             log.warning("%s; going on from %s", error, paths[-1])
-    rank, world = launched()
+    rank, world = rank_and_world()
     if agree(path != paths[0]) and rank == 0:  # the next checkpoint would take the place of the one that is whole
         remove(args.out / "state.pt.damaged")
         paths[0].rename(args.out / "state.pt.damaged")

@@ -88,7 +88,7 @@ def pick_device(name):
     return nothing.device
 
 
-def launched():
+def rank_and_world():
     """(rank, number of processes) of this process: torchrun's, or (0, 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import builtin_sets
 from builtin_sets import split_indices
-from common import launched, nearest, whole_characters
+from common import nearest, rank_and_world, whole_characters
 from crops import center_crop, open_image, pair, random_crop, to_tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -383,7 +383,7 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
     The arguments are load_images'. Raises ValueError as it does, or at the end if too many pictures are unreadable.
     Under torchrun the first process does it.
     """
-    if launched()[0] > 0:
+    if rank_and_world()[0] > 0:
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (h, w), checked = pair(size), []

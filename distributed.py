@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import launched, pick_device
+from common import pick_device, rank_and_world
 
 
 def by_torchrun():
     """Did torchrun start this process, be it the only one? (RANK alone is what some clusters set.)"""
-    return launched()[1] > 1 or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return rank_and_world()[1] > 1 or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def own_device(name):
     """As pick_device; of GPUs each of several processes has its own. ValueError for one that all would share."""
-    rank, world = launched()
+    rank, world = rank_and_world()
     if world > 1 and name.startswith("cuda:"):
         raise ValueError(f"--device {name} is one GPU, and there are {world} processes: give --device cuda")
     if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -37,7 +37,7 @@ def processes(device_name, timeout=None, gradients=True):
     timeout: a timedelta that a process may wait for the others (default: PyTorch's). gradients: GPUs exchange tensors,
     over NCCL; without, processes exchange what lies in main memory only, over gloo.
     """
-    (rank, world), device = launched(), own_device(device_name)
+    (rank, world), device = rank_and_world(), own_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what asks about "the" GPU means this one
     if not by_torchrun():
@@ -55,7 +55,7 @@ def processes(device_name, timeout=None, gradients=True):
 
 def say(text):
     """Print, in the first process."""
-    if launched()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(text)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokenizer
 from codes import CodeFile, CodeWriter
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
-from common import autocast, file_sha256, launched, make_folder
+from common import autocast, file_sha256, make_folder, rank_and_world
 from crops import as_size, center_crop, check_size, mirrored, ten_crop
 from data import (
     BAD_SHARE,
@@ -123,7 +123,7 @@ def caption_reader(args, device):
     if args.text_model:
         return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
     model = None
-    if launched()[0] == 0:
+    if rank_and_world()[0] == 0:
         captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
         every = -(-sum(map(len, captions)) // 1_000_000)  # beyond a million the trainer would draw, each time others
         captions = itertools.islice((caption for texts in captions for caption in texts), 0, None, every)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import kernels
 from codes import CodeFile, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
-from common import launched, make_folder, read_file, save_grid, to_uint8
+from common import make_folder, rank_and_world, read_file, save_grid, to_uint8
 from crops import as_size, check_size
 from data import DATA_HELP, check_unusable, eval_batches, load_images
 from distributed import barrier, everyone, processes, total
@@ -52,7 +52,7 @@ def scratch(folder=None):
         Path(folder).mkdir(parents=True, exist_ok=True)
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory() if launched()[0] == 0 else nullcontext() as name:
+    with tempfile.TemporaryDirectory() if rank_and_world()[0] == 0 else nullcontext() as name:
         yield Path(everyone(name)[0])
         barrier()
 
@@ -83,7 +83,7 @@ def result_file(path):
 
 def write_result(path, result, hide=()):
     """One JSON file, whole or not at all, and the same but for `hide` on the screen; the first process alone."""
-    if launched()[0]:
+    if rank_and_world()[0]:
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1))
@@ -106,7 +106,7 @@ def compare(samples, ref, args):
         result = dict(samples=str(samples), images=len(rows), reference=str(ref),
                       reference_images=None if ref_pool is None else len(ref_pool),
                       network=f"{network.path.name}, sha256 {network.sha256[:12]}")
-        if launched()[0]:
+        if rank_and_world()[0]:
             return result
         pool = torch.from_numpy(np.ascontiguousarray(rows[:, :POOL])).to(device)
         probs = torch.cat([network.probabilities(part).cpu() for part in pool.split(4096)])
@@ -136,7 +136,7 @@ def self_check(args):
     """The ImageNet validation images against the reference batch: are this network and these files the right ones?"""
     out = result_file(args.out or f"{args.val}.self-check.json")
     result = compare(args.val, args.ref, args)
-    if launched()[0]:
+    if rank_and_world()[0]:
         return
     for name, (published, tolerance) in SELF_CHECK.items():
         ok = result.get(name) is not None and abs(result[name] - published) <= tolerance
@@ -149,7 +149,7 @@ def self_check(args):
 @torch.no_grad()
 def recon(args):
     """rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer on held-out images."""
-    device, (rank, world) = args.device, launched()
+    device, (rank, world) = args.device, rank_and_world()
     args.size = as_size(args.size)
     make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
@@ -247,7 +247,7 @@ def show_codes(args):
 @torch.no_grad()
 def likelihood(args):
     """Teacher-forced loss of a GPT on stored codes: what they cost it, overall and per class."""
-    device, codes, (rank, world) = args.device, CodeFile(args.codes), launched()
+    device, codes, (rank, world) = args.device, CodeFile(args.codes), rank_and_world()
     out = result_file(args.out or f"{args.gpt}.likelihood.json")
     gpt = GPT.from_pretrained(args.gpt, grid=codes.grid).to(device)
     kind = {"t5": "text"}.get(codes.captions.kind, "tokens") if codes.captions else "class"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from common import file_sha256, launched, load_weights, read_file
+from common import file_sha256, load_weights, rank_and_world, read_file
 from crops import open_image
 from data import EXTENSIONS
 from distributed import barrier
@@ -226,7 +226,7 @@ class Images:
 
     def batches(self, batch_size):
         """(start, uint8 [b, 3, H, W]) of the batches that are this process's."""
-        rank, world = launched()
+        rank, world = rank_and_world()
         starts = range(0, self.n, batch_size)
         if self.files:
             for start in starts[rank::world]:
@@ -251,7 +251,7 @@ class Images:
 
 def open_rows(path, shape):
     """A float32 array in a file, to which every process writes its rows."""
-    if launched()[0] == 0:
+    if rank_and_world()[0] == 0:
         np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
     barrier()
     return np.lib.format.open_memmap(path, "r+")
@@ -272,7 +272,7 @@ def features(images, network, device, folder, batch_size=64):
     path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
     if not path.exists():
         rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))
-        rank, world = launched()
+        rank, world = rank_and_world()
         with tqdm(total=images.n, desc=images.path.name, unit="image", disable=rank > 0) as bar:
             for start, batch in images.batches(batch_size):
                 rows[start : start + len(batch)] = torch.cat(network(batch.to(device)), 1).float().cpu().numpy()

@@ -32,10 +32,10 @@ from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import (
     evaluating,
     file_sha256,
-    launched,
     make_folder,
     nearest,
     pick_dtype,
+    rank_and_world,
     read_file,
     save_grid,
     to_uint8,
@@ -423,7 +423,7 @@ def open_condition(args, gpt, codes, device):
     want = gpt.config.text_dim if gpt.config.cond == "text" else gpt.config.text_vocab_size
     if reader.size != want:
         raise ValueError(f"{args.gpt} reads {want} channels a token, {reader.source} gives {reader.size}")
-    for text in prompts[:10] if launched()[0] == 0 else []:
+    for text in prompts[:10] if rank_and_world()[0] == 0 else []:
         if lost := reader.unread(text):
             print(f"{text!r}: the model does not read {lost!r} (unknown words, or beyond its length)")
     return prompts, prompts, lambda index: read_captions(gpt, reader, [prompts[i] for i in index])

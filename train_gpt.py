@@ -115,7 +115,7 @@ def build_model(args, codes, vq):
 @torch.no_grad()
 def evaluate(model, codes, args, device, dtype):
     """Held-out teacher-forced loss in nats per code, of the first crop (of ten: the centre) of evenly spread images."""
-    (rank, world), order = common.launched(), training.spread(args.eval_images, len(codes))
+    (rank, world), order = common.rank_and_world(), training.spread(args.eval_images, len(codes))
     total = torch.zeros((), dtype=torch.float64)
     for images in order.split(args.micro_batch_size * world):
         part = images[rank::world]
@@ -132,7 +132,7 @@ def unsharded(model):
     """A model that is sharded, in one piece on the CPU of the first process; every process has to ask for it."""
     if not distributed.sharded(model):
         return model
-    weights, first = {}, common.launched()[0] == 0
+    weights, first = {}, common.rank_and_world()[0] == 0
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         x = distributed.whole(x.detach())
         if first and name not in ("cos", "sin"):
@@ -280,7 +280,7 @@ def train(args, device, rank, world, asked):
 def main():
     args = options()
     if args.check_data:
-        if common.launched()[0] == 0:
+        if common.rank_and_world()[0] == 0:
             for codes in open_codes(args):
                 codes.report()
         return

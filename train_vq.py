@@ -94,7 +94,7 @@ def build_model(args):
 @torch.no_grad()
 def evaluate(model, lpips, val_set, args, device):
     """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
-    (rank, world), sums = common.launched(), torch.zeros(3, dtype=torch.float64)  # of losses, of PSNR, and images
+    (rank, world), sums = common.rank_and_world(), torch.zeros(3, dtype=torch.float64)  # of losses, of PSNR, and images
     n = len(val_set)
     mine = val_set.subset(training.spread(args.eval_images, n)[rank::world], of=n)
     for images, _, _ in eval_batches(mine, args.size, args.micro_batch_size):

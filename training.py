@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from command_line import DEVICE_HELP
-from common import launched, make_folder
+from common import make_folder, rank_and_world
 from distributed import local, total, whole
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class RunLog:
 
     def __init__(self, out, args, start_step):
         self.out, self.rows = Path(out), []
-        self.writes = launched()[0] == 0  # the first process alone
+        self.writes = rank_and_world()[0] == 0  # the first process alone
         if not self.writes:
             return
         make_folder(self.out)

@@ -642,6 +642,6 @@ def test_a_process_without_held_out_images_adds_nothing(codes, monkeypatch):
     alone = train_gpt.evaluate(model, file, args, *device)
     shares = []
     for rank in range(8):
-        monkeypatch.setattr(common, "launched", lambda rank=rank: (rank, 8))
+        monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, 8))
         shares.append(train_gpt.evaluate(model, file, args, *device))
     assert shares[4:] == [0, 0, 0, 0] and sum(shares) == pytest.approx(alone, rel=1e-6)
