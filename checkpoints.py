@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module
 
 from common import Unreadable, rank_and_world, read_file, save_file
-from distributed import agree, everyone, local, sharded
+from distributed import agree, everyone, local, say, sharded
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +96,13 @@ def load_state(args, parts):
     """Fill models and optimizers {name: part} and the random generators from OUT/state.pt, or, if that cannot be read,
     from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
 
-    On another number of processes the generators begin anew. ValueError where it is a run with other options.
+    On another number of processes the generators begin anew. ValueError where it is a run with other options, or where
+    there is one and --resume was not given.
     """
     paths = [path for path in (args.out / "state.pt", args.out / "state.pt.previous") if path.exists()]
-    if not args.resume or (args.resume == "auto" and not paths):
+    if paths and not args.resume:
+        raise ValueError(f"{args.out} holds a run: --resume goes on with it, --resume no begins anew in its place")
+    if args.resume in (None, "no") or (args.resume == "auto" and not paths):
         return 0, 0.0, None
     paths = paths or [args.out / "state.pt"]
     for path in paths:
@@ -115,7 +118,8 @@ def load_state(args, parts):
         remove(args.out / "state.pt.damaged")
         paths[0].rename(args.out / "state.pt.damaged")
     if len(state["own"]) == world:
-        set_own_state(state["own"][rank], parts)
+        set_own_state(state["own"][rank], parts, path)
+    say(f"{path}: going on from step {state['step']}")
     return state["step"], state["elapsed"], state["data"]
 
 
@@ -164,11 +168,14 @@ def own_state(parts):
     return {"torch": torch.get_rng_state(), "cuda": cuda, "buffers": buffers}
 
 
-def set_own_state(state, parts):
+def set_own_state(state, parts, path):
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
     for kind, buffers in state["buffers"].items():
         mine = dict(parts[kind].named_buffers())
         for name, x in buffers.items():
+            if mine[name].shape != x.shape:
+                shapes = f"{name} {list(x.shape)}, not {list(mine[name].shape)}"
+                raise ValueError(f"{path} is of a run with other options ({shapes})")
             mine[name].copy_(x)

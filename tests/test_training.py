@@ -28,6 +28,7 @@ import distributed
 import train_gpt
 import train_vq
 import training
+from codes import CodeFile, CodeWriter
 
 pictures, codes, tiny_presets = test_train.pictures, test_train.codes, test_train.tiny_presets
 FILES = {train_gpt: "gpt.pt", train_vq: "vq.pt"}
@@ -443,6 +444,16 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
         run(train_gpt, monkeypatch, out, *options, "--resume")
     assert not out.exists()
     run(train_gpt, monkeypatch, out, *options, "--resume", "auto")
+    before = load(out / "state.pt")
+    with pytest.raises(ValueError, match="a holds a run: --resume goes on with it, --resume no begins anew"):
+        run(train_gpt, monkeypatch, out, *options)
+    assert same(load(out / "state.pt"), before)
+    for split in ("train", "val"):
+        file = CodeFile(codes / split)
+        with CodeWriter(tmp_path / "narrow" / split, (2, 2), file.codebook_size, file.meta) as writer:
+            writer.write(file.codes[:, :, :4], file.labels)
+    with pytest.raises(ValueError, match=r"state.pt is of a run with other options .cos .7, 8., not .5, 8.."):
+        run(train_gpt, monkeypatch, out, "--codes", tmp_path / "narrow", *options[2:], "--resume")
     for change, message in ((("--seed", 1), "seed 0, not 1"), (("--batch-size", 2), "batch_size 4, not 2")):
         for how in ("yes", "auto"):
             with pytest.raises(ValueError, match=f"state.pt is of a run with other options .*{message}"):
@@ -450,6 +461,7 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
     os.rename(out / "state.pt", out / "state.pt.previous")  # whatever took it away
     found = run(train_gpt, monkeypatch, out, *options, "--max-steps", 2, "--resume", "auto")
     assert series(found, "step") == [1, 1, 2, 2]
+    assert series(run(train_gpt, monkeypatch, out, *options, "--resume", "no"), "step") == [1, 1]
 
 
 def test_a_resumed_run_decays_as_its_own_options_say(codes, tmp_path, monkeypatch):
