@@ -141,7 +141,12 @@ class CodeFile:
         try:
             return read(self.folder / name)
         except FileNotFoundError:
-            raise ValueError(f"{self.folder / name} is not there: encode the images first") from None
+            hint = "encode the images first"
+            if (self.folder / "val" / name).is_file():
+                hint = f"give {self.folder / 'train'} or {self.folder / 'val'}"
+            if (self.folder.parent / name).is_file():
+                hint = f"give {self.folder.parent.parent}"
+            raise ValueError(f"{self.folder / name} is not there: {hint}") from None
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{self.folder / name} is truncated or damaged ({error})") from error
 

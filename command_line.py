@@ -104,6 +104,9 @@ def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:

@@ -246,6 +246,13 @@ def wrap(text, font, width):
     return lines
 
 
+def label_font(size):
+    """DejaVu, which knows accents, Greek and Cyrillic; it comes with matplotlib."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
 def save_grid(path, images, columns, labels=None, scale=None, notice=""):
     """Write uint8 images [N, H, W, 3] as one PNG, `columns` a row, with a label under each if there are any.
 
@@ -254,7 +261,7 @@ def save_grid(path, images, columns, labels=None, scale=None, notice=""):
     """
     n, h, w, _ = images.shape
     scale = scale or max(1, round(96 / max(h, w)))
-    font = ImageFont.load_default(size=12)
+    font = label_font(12)
     labels = [wrap(label, font, w * scale)[:4] for label in labels or []]
     pad, text = 4, max((16 * len(lines) for lines in labels), default=0)
     width, height = columns * (w * scale + pad) + pad, math.ceil(n / columns) * (h * scale + text + pad) + pad

@@ -28,6 +28,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
+VAL_DATA_HELP = "held-out folder (default: DATA/val, or a fixed 5%% of DATA)"
 BAD_SHARE_HELP = "share of images that may have no usable pixels or caption before the run stops"
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from sklearn.svm import SVC
 
 from builtin_sets import COLOURS, GROUNDS, SPLITS, digits_text
 from captions import open_reader
 from codes import CodeFile
 from command_line import DEVICE_HELP, Parser, add_command, cli
-from common import make_folder, pick_device, save_grid, to_uint8
+from common import label_font, make_folder, pick_device, save_grid, to_uint8
 from crops import center_crop, to_tensor
 from data import load_images
 from metrics import reconstruct, reconstruction_psnr
@@ -87,7 +87,7 @@ def stages(args, start):
 def write_numbers(codes, cell):
     """Codes [h, w] as a picture of them, uint8 [h * cell, w * cell, 3]."""
     h, w = codes.shape
-    sheet, font = Image.new("RGB", (w * cell, h * cell), "white"), ImageFont.load_default(size=13)
+    sheet, font = Image.new("RGB", (w * cell, h * cell), "white"), label_font(12)
     draw = ImageDraw.Draw(sheet)
     for i, code in enumerate(codes.flatten().tolist()):
         x, y = i % w * cell, i // w * cell

@@ -34,6 +34,7 @@ from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
     DATA_HELP,
+    VAL_DATA_HELP,
     check_images,
     check_unusable,
     eval_batches,
@@ -59,7 +60,7 @@ def options():
     what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
     what.add_argument("--hub", action="store_true", help=HUB_HELP)
     what.add_argument("--data", required=True, help=DATA_HELP)
-    what.add_argument("--val-data", help="held-out folder (default: DATA/val, or a fixed 5%% of DATA)")
+    what.add_argument("--val-data", help=VAL_DATA_HELP)
     what.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
     what.add_argument("--out", type=Path, required=True, help="folder for the code files")
     what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")

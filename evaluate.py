@@ -28,7 +28,15 @@ from codes import CodeFile, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
 from common import make_folder, rank_and_world, read_file, save_grid, to_uint8
 from crops import as_size, check_size
-from data import DATA_HELP, check_unusable, eval_batches, load_images
+from data import (
+    BAD_SHARE,
+    BAD_SHARE_HELP,
+    DATA_HELP,
+    VAL_DATA_HELP,
+    check_unusable,
+    eval_batches,
+    load_images,
+)
 from distributed import barrier, everyone, processes, total
 from gpt import GPT
 from inception import POOL, Images, Inception, features, open_rows
@@ -99,10 +107,10 @@ def write_result(path, result, hide=()):
 def compare(samples, ref, args):
     """Samples against a reference: FID, sFID, IS, precision and recall of the ADM evaluator."""
     device = args.device
-    network = Inception.from_pretrained(args.inception).to(device)
+    network, images = Inception.from_pretrained(args.inception).to(device), Images(samples)
     with scratch(args.cache) as folder:
-        rows = features(Images(samples), network, device, folder)
-        pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)
+        pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)  # a wrong one shows at once
+        rows = features(images, network, device, folder)
         result = dict(samples=str(samples), images=len(rows), reference=str(ref),
                       reference_images=None if ref_pool is None else len(ref_pool),
                       network=f"{network.path.name}, sha256 {network.sha256[:12]}")
@@ -154,7 +162,7 @@ def recon(args):
     make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
     check_size(args.size, vq.config.factor)
-    images = load_images(args.data, args.split, args.size)
+    images = load_images(args.data, args.split, args.size, args.val_data, bad_share=args.bad_share)
     network = lpips = None
     missing = {}
     for name in ("rfid", "lpips"):  # each needs weights that are fetched once, and is left out where they are not
@@ -285,6 +293,8 @@ def options():
     p = add_command(commands, "recon", recon, __doc__)
     p.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
     p.add_argument("--data", required=True, help=DATA_HELP)
+    p.add_argument("--val-data", help=VAL_DATA_HELP)
+    p.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
     p.add_argument("--split", default="val", choices=["val", "train"], help="of the data")
     p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     p.add_argument("--out", type=Path, required=True, help="folder for recon.json and recon.png")

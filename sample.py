@@ -19,6 +19,7 @@ import weakref
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -322,12 +323,13 @@ def imagenet_names():
 
 
 def parse_classes(text, class_names, num_classes):
-    """"3,7,tabby" -> labels; ValueError for one that is neither a number in range nor a name."""
-    labels = []
-    for word in text.split(","):
+    """"3,7,tabby" -> labels; ValueError for one that is neither a number in range nor a name (which may hold commas, if
+    it is the only one)."""
+    labels, known = [], [normalize("NFC", name) for name in class_names]  # folders on a Mac spell accents apart
+    for word in [text] if normalize("NFC", text) in known else text.split(","):
         word = word.strip()
-        if word in class_names:
-            labels.append(class_names.index(word))
+        if normalize("NFC", word) in known:
+            labels.append(known.index(normalize("NFC", word)))
         elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:

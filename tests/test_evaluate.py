@@ -425,7 +425,7 @@ def test_recon(monkeypatch, run_dir, network):
     assert (run_dir / "two" / "recon.png").read_bytes() == (run_dir / "one" / "recon.png").read_bytes()
 
     full = evaluate.load_images
-    monkeypatch.setattr(evaluate, "load_images", lambda *args: full(*args).subset(range(6)))
+    monkeypatch.setattr(evaluate, "load_images", lambda *args, **how: full(*args, **how).subset(range(6)))
     monkeypatch.setattr(evaluate, "LPIPS", lambda: losses.LPIPS(random_weights=True))
     call(monkeypatch, "recon", *common[:4], "--size", 32, "--out", run_dir / "all", "--inception", network)
     result = json.loads((run_dir / "all" / "recon.json").read_text())

@@ -114,6 +114,8 @@ MORE = {
     f"sample.py {MODELS} --text-file empty/a": "empty/a: No such file or directory",
     "evaluate.py recon --vq gpt.pt --data digits --out out": "gpt.pt: not an image tokenizer but a GPT",
     "evaluate.py codes --codes empty --out out": "empty/meta.json is not there: encode the images first",
+    "evaluate.py codes --codes codes --out out": "codes/meta.json is not there: give codes/train or codes/val",
+    "train_gpt.py --codes codes/val --out out": "codes/val/train/meta.json is not there: give codes",
     "evaluate.py likelihood --gpt vq.pt --codes codes/val": "vq.pt: not a GPT but an image tokenizer",
     "evaluate.py likelihood --gpt gpt.pt --codes codes/val --out empty": "empty is a folder, not the name of a JSON",
     "evaluate.py gen --samples a.npz --ref empty --inception vq.pt": "vq.pt: the weights do not fit: missing",
@@ -134,6 +136,16 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
 
     with pytest.raises(RuntimeError, match="the shapes"):
         command_line.cli(broken)
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def waiting():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["encode.py"])
+    with pytest.raises(SystemExit, match="130"):
+        command_line.cli(waiting)
+    assert capsys.readouterr().err == "encode.py: interrupted\n"
 
 
 AMONG_OTHERS = """

@@ -239,6 +239,8 @@ def test_parse_classes():
     names = ["cat", "dog", "10", "sea lion"]
     assert parse_classes("dog, 0,sea lion,10,3", names, 4) == [1, 0, 3, 2, 3]
     assert parse_classes("2", [], 3) == [2]
+    spelt = ["Ma\u0308nner", "gold, stripes"]  # as a Mac spells it; and a comma
+    assert parse_classes("M\u00e4nner,1", spelt, 2) == [0, 1] and parse_classes("gold, stripes", spelt, 2) == [1]
     for text, word in (("cow", "cow"), ("4", "4"), ("-1", "-1"), ("1,,2", ""), ("²", "²"), ("1.5", "1.5")):
         with pytest.raises(ValueError, match=f"^--classes: '{word}' is neither a class name nor a number below 4$"):
             parse_classes(text, names, 4)
