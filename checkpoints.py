@@ -97,11 +97,14 @@ def load_state(args, parts):
     from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
 
     On another number of processes the generators begin anew. ValueError where it is a run with other options, or where
-    there is one and --resume was not given.
+    there is one and --resume was not given; with --resume no it is removed.
     """
     paths = [path for path in (args.out / "state.pt", args.out / "state.pt.previous") if path.exists()]
     if paths and not args.resume:
         raise ValueError(f"{args.out} holds a run: --resume goes on with it, --resume no begins anew in its place")
+    if args.resume == "no" and rank_and_world()[0] == 0:  # nobody is to go on from another run's checkpoint
+        for path in paths:
+            remove(path)
     if args.resume in (None, "no") or (args.resume == "auto" and not paths):
         return 0, 0.0, None
     paths = paths or [args.out / "state.pt"]

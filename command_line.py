@@ -105,8 +105,10 @@ def cli(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        if not os.environ.get("NANOLLAMAGEN_TRACE"):
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            sys.excepthook = lambda *_: None
+        raise  # the process dies of the signal, and a shell's loop ends with it
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:

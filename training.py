@@ -55,7 +55,7 @@ def add_training_options(parser, **defaults):
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
     run.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto", "no"],
-                     help="go on from OUT/state.pt; auto: if there is one; no: begin anew where a run is already")
+                     help="go on from OUT/state.pt; auto: if there is one; no: begin anew, its checkpoints go")
     run.add_argument("--seed", type=int, default=0, help="of weights, order of images, crops and dropout")
     run.add_argument("--device", default="auto", help=DEVICE_HELP)
     run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],

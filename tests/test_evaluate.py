@@ -424,6 +424,18 @@ def test_recon(monkeypatch, run_dir, network):
         assert two[name] == pytest.approx(result[name], rel=1e-5, abs=1e-6)  # SSIM is near 0 here
     assert (run_dir / "two" / "recon.png").read_bytes() == (run_dir / "one" / "recon.png").read_bytes()
 
+    for folder, n in (("d", 4), ("v", 3)):
+        (run_dir / folder).mkdir()
+        for i in range(n):
+            Image.new("RGB", (9, 9), (50 * i, 0, 0)).save(run_dir / folder / f"{i}.png")
+    (run_dir / "v" / "broken.png").write_text("no picture")
+    own = "--vq", run_dir / "vq.pt", "--data", run_dir / "d", "--val-data", run_dir / "v", "--size", 8, "--out", run_dir
+    with pytest.raises(ValueError, match=r"1 of 4 .25.0%. have no usable"):
+        call(monkeypatch, "recon", *own)
+    call(monkeypatch, "recon", *own, "--bad-share", 0.3)
+    result = json.loads((run_dir / "recon.json").read_text())
+    assert result["data"] == str(run_dir / "v") and result["images"] == 3
+
     full = evaluate.load_images
     monkeypatch.setattr(evaluate, "load_images", lambda *args, **how: full(*args, **how).subset(range(6)))
     monkeypatch.setattr(evaluate, "LPIPS", lambda: losses.LPIPS(random_weights=True))

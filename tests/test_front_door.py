@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -138,14 +139,11 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
         command_line.cli(broken)
 
 
-def test_an_interruption_is_one_line(monkeypatch, capsys):
-    def waiting():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["encode.py"])
-    with pytest.raises(SystemExit, match="130"):
-        command_line.cli(waiting)
-    assert capsys.readouterr().err == "encode.py: interrupted\n"
+def test_an_interruption_is_one_line():
+    """And the process dies of the signal, or a shell's loop would go on."""
+    code = "import os, signal, command_line\ncommand_line.cli(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == "-c: interrupted\n"
 
 
 AMONG_OTHERS = """

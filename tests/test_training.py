@@ -462,6 +462,7 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
     found = run(train_gpt, monkeypatch, out, *options, "--max-steps", 2, "--resume", "auto")
     assert series(found, "step") == [1, 1, 2, 2]
     assert series(run(train_gpt, monkeypatch, out, *options, "--resume", "no"), "step") == [1, 1]
+    assert (out / "state.pt").exists() and not (out / "state.pt.previous").exists()  # the other run's are gone
 
 
 def test_a_resumed_run_decays_as_its_own_options_say(codes, tmp_path, monkeypatch):
