@@ -25,14 +25,12 @@ CODE_KEYS = (
     "version", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "image_size", "images", "augmentations",
     "class_names", "data", "split", "notice", "text",
 )
+NAMES = "codes.npy", "labels.npy", "meta.json"  # the last says that the others are whole
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of disks
 
 
 def _code_dtype(codebook_size):
     return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
-
-
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of disks
-NAMES = "codes.npy", "labels.npy", "meta.json"  # the last says that the others are whole
 
 
 class CodeWriter:

@@ -46,7 +46,7 @@ class ImageSet:
     scale: float = 1.25  # random crops come out of 1 to `scale` times their size
     captions: list | None = None  # a list of strings per picture
     bad_share: float = BAD_SHARE
-    source: str = "the images"  # whose they are, for errors
+    source: str = "the images"  # whose they are, for errors and reports
     of: int | None = None  # pictures that bad_share is a share of (default: these)
 
     def __len__(self):
@@ -72,10 +72,10 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     """
     if split not in ("train", "val"):
         raise ValueError(f'split is {split!r}, not "train" or "val"')
+    source = str(val_data) if val_data and split == "val" else f"{data}, {split}"
     if str(data) not in BUILT_IN:
         read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
         pictures = _split(Path(data), split, val_data, lambda path: read(path, text, bad_share))
-        source = str(val_data) if val_data and split == "val" else f"{data}, {split}"
         pictures = replace(pictures, bad_share=bad_share, source=source)
         if text:  # after the split, which is the same with captions and without
             pictures = pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
@@ -83,9 +83,9 @@ def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHAR
     if val_data is not None:
         raise ValueError(f"{data} has its own held-out pictures: val_data goes with a folder only")
     if str(data) == "digits-text":
-        return ImageSet(**builtin_sets.digits_text(split, 24_000 if split == "train" else 960)[0])
+        return ImageSet(**builtin_sets.digits_text(split, 24_000 if split == "train" else 960)[0], source=source)
     digits = str(data) == "digits"
-    pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))))
+    pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))), source=source)
     return pictures.subset(split_indices(pictures.labels, 0.1 if digits else 0.05, split))
 
 

@@ -202,8 +202,7 @@ def recon(args):
         done = np.flatnonzero(values[:, 4])  # unreadable images were left out
         usage, perplexity = map(float, usage_and_perplexity(counts))
         means = values[done].mean(0, dtype=np.float64).tolist()
-        source = str(args.val_data) if args.val_data and args.split == "val" else f"{args.data}, {args.split}"
-        result = dict(tokenizer=str(args.vq), data=source, images=len(done), size=args.size,
+        result = dict(tokenizer=str(args.vq), data=images.source, images=len(done), size=args.size,
                       reference="the images themselves", psnr=means[0], ssim=means[1], ssim_as_llamagen=means[2],
                       lpips=means[3] if lpips else missing["lpips"], codes_used=usage,
                       codes_used_of_last_65536=float(usage_and_perplexity(late)[0]), perplexity=perplexity)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoints
 import command_line
@@ -220,8 +219,7 @@ def train(args, device, rank, world, asked):
     peak = training.peak_flops(device, dtype)
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
-    steps = args.max_steps if args.max_minutes == math.inf else None  # how many it will be
-    bar = tqdm(total=steps, initial=start_step, desc="train_gpt", unit="step", disable=rank > 0)
+    bar = training.progress_bar(args, "train_gpt", start_step)
     step, stopped = start_step, False
     while (progress := training.progress(args, step, elapsed)) < 1:
         lr = training.learning_rate(args, step, progress)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoints
 import command_line
@@ -193,8 +192,7 @@ def train(args, device, rank, world, asked):
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)
     bad_disc_steps = training.BadSteps(args.max_bad_steps, "bad_disc_steps")
     since, timer, began = start_step, training.Timer(), time.perf_counter() - elapsed
-    steps = args.max_steps if args.max_minutes == math.inf else None  # how many it will be
-    bar = tqdm(total=steps, initial=start_step, desc="train_vq", unit="step", disable=rank > 0)
+    bar = training.progress_bar(args, "train_vq", start_step)
     step, stopped = start_step, False
     while (progress := training.progress(args, step, elapsed)) < 1:
         lr = training.learning_rate(args, step, progress)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from command_line import DEVICE_HELP
 from common import make_folder, rank_and_world
@@ -310,6 +311,12 @@ def spread(n, length):
     """n indices, at most `length` of them, evenly over 0..length-1: int64 [n]."""
     n = min(n, length)
     return torch.arange(n) * length // n
+
+
+def progress_bar(args, name, start_step):
+    """Of the first process; a run that ends by the clock does not know how many steps it will take."""
+    total = args.max_steps if args.max_minutes == math.inf else None
+    return tqdm(total=total, initial=start_step, desc=name, unit="step", disable=rank_and_world()[0] > 0)
 
 
 class Timer:
