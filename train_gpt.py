@@ -287,6 +287,7 @@ def main():
         if args.fsdp and not torch.distributed.is_initialized():
             raise ValueError("--fsdp shards over torchrun's processes: torchrun --nproc_per_node=8 -- train_gpt.py ...")
         training.check_training_options(args, world)
+        checkpoints.find(args)
         train(args, device, rank, world, asked)
 
 

@@ -293,6 +293,7 @@ def main():
         raise ValueError("--adaptive-disc-weight asks for gradients twice, which --compile does not give")
     with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):
         training.check_training_options(args, world)
+        checkpoints.find(args)
         train(args, device, rank, world, asked)
 
 

@@ -446,7 +446,7 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
     run(train_gpt, monkeypatch, out, *options, "--resume", "auto")
     before = load(out / "state.pt")
     with pytest.raises(ValueError, match="a holds a run: --resume goes on with it, --resume no begins anew"):
-        run(train_gpt, monkeypatch, out, *options)
+        run(train_gpt, monkeypatch, out, "--codes", tmp_path / "missing")  # said before anything is read
     assert same(load(out / "state.pt"), before)
     for split in ("train", "val"):
         file = CodeFile(codes / split)
