@@ -127,8 +127,13 @@ def condition(rows, length, kind):
 # Files
 
 
-def _row_dtype(kind, size):
-    return np.dtype(np.int32 if kind == "tokens" and size > 65536 else np.uint16)
+def id_dtype(size):
+    """The dtype that files keep numbers below `size` in."""
+    return np.dtype(np.uint16 if size <= 65536 else np.int32)
+
+
+def row_dtype(kind, size):
+    return id_dtype(size if kind == "tokens" else 65536)  # features: the bits of bfloat16
 
 
 class CaptionWriter:
@@ -140,7 +145,7 @@ class CaptionWriter:
     """
 
     def __init__(self, folder, reader):
-        self.folder, self.reader, self.dtype = Path(folder), reader, _row_dtype(reader.kind, reader.size)
+        self.folder, self.reader, self.dtype = Path(folder), reader, row_dtype(reader.kind, reader.size)
         self.captions, self.rows = [0], [0]  # ends of the pictures in captions, of the captions in rows
         self.folder.mkdir(parents=True, exist_ok=True)
         self.values, self.texts = (open(self._temporary(name), "wb") for name in ("text.bin", "captions.jsonl"))
@@ -215,7 +220,7 @@ class CaptionFile:
         if counts[1].max() > self.length:
             raise ValueError(f"{path} has a caption of {counts[1].max()} tokens, and {self.length} is the longest")
         shape = (int(self.rows[-1]),) if self.kind == "tokens" else (int(self.rows[-1]), self.size)
-        path, dtype = self.folder / "text.bin", _row_dtype(self.kind, self.size)
+        path, dtype = self.folder / "text.bin", row_dtype(self.kind, self.size)
         if not path.is_file() or path.stat().st_size != int(np.prod(shape)) * dtype.itemsize:
             raise ValueError(f"{path} is missing or truncated: it should hold {dtype} {list(shape)}")
         self.values = np.memmap(path, dtype, "r", shape=shape)

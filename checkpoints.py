@@ -16,7 +16,7 @@ from distributed import agree, everyone, local, say, sharded
 
 log = logging.getLogger(__name__)
 
-FIXED = ("seed", "batch_size")  # of a resumed run: they say which images a step sees
+FIXED = ("seed", "batch_size", "size")  # of a resumed run: they say which images a step sees (a GPT has no size)
 REST = "rest.pt"  # of a folder: what is no tensor of a model or an optimizer
 
 
@@ -57,8 +57,9 @@ def save_state(args, step, elapsed, parts, files, data=None):
     their names stay. ValueError for weights that are not finite.
     """
     check_finite(parts["model"], step)
-    state = dict(options={name: getattr(args, name) for name in FIXED}, parts=list(parts), data=data, step=step,
-                 elapsed=elapsed, own=everyone(own_state(parts)))
+    options = {name: getattr(args, name) for name in FIXED if name in args}
+    state = dict(options=options, parts=list(parts), data=data, step=step, elapsed=elapsed,
+                 own=everyone(own_state(parts)))
     (path, previous, fresh), failed = (args.out / f"state.pt{end}" for end in ("", ".previous", ".tmp")), None
     folder, first = sharded(parts["model"]), rank_and_world()[0] == 0
     if folder:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import CaptionFile
+from captions import CaptionFile, id_dtype
 from common import file_sha256
 from data import check_batch, endless_positions
 from kernels import code_usage
@@ -27,10 +27,6 @@ CODE_KEYS = (
 )
 NAMES = "codes.npy", "labels.npy", "meta.json"  # the last says that the others are whole
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of disks
-
-
-def _code_dtype(codebook_size):
-    return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
 
 
 class CodeWriter:
@@ -57,7 +53,7 @@ class CodeWriter:
 
     def _head(self):
         """NumPy's header of codes.npy, as long for any number of images."""
-        dtype, shape = _code_dtype(self.meta["codebook_size"]), (self.meta["images"], *self.shape)
+        dtype, shape = id_dtype(self.meta["codebook_size"]), (self.meta["images"], *self.shape)
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(self.file, dict(descr=dtype.str, fortran_order=False, shape=shape))
 
@@ -68,7 +64,7 @@ class CodeWriter:
             raise ValueError(f"codes {codes.shape} and labels {labels.shape} do not fit images of {self.shape} codes")
         _check_range("codes", codes, self.meta["codebook_size"])
         _check_range("labels", labels, len(self.meta["class_names"]))
-        self.file.write(codes.astype(_code_dtype(self.meta["codebook_size"])).tobytes())
+        self.file.write(codes.astype(id_dtype(self.meta["codebook_size"])).tobytes())
         self.labels.extend(labels.tolist())
         self.meta["images"] += len(codes)
 
@@ -151,9 +147,9 @@ class CodeFile:
     def _check(self):
         path = self.folder / "codes.npy"
         shape = (self.meta["images"], len(self.meta["augmentations"]), self.grid[0] * self.grid[1])
-        if self.codes.dtype != _code_dtype(self.codebook_size):
+        if self.codes.dtype != id_dtype(self.codebook_size):
             raise ValueError(f"{path} is {self.codes.dtype}, a codebook of {self.codebook_size} needs "
-                             f"{_code_dtype(self.codebook_size)}")
+                             f"{id_dtype(self.codebook_size)}")
         if self.codes.shape != shape:
             raise ValueError(f"{path} has the shape {self.codes.shape}, meta.json says {shape} (images, augmentations, "
                              f"{self.grid[0]} x {self.grid[1]} codes)")

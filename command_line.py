@@ -57,6 +57,9 @@ class Parser(argparse.ArgumentParser):
             if name and name[1] not in known:
                 hint = ": the command comes first" if self._subparsers else nearest(name[1], known)
                 self.error(f"no option {name[1]}{hint}")
+        if "--check-data" in args:  # which writes nothing, and needs no tokenizer
+            for action in self._actions:
+                action.required = action.required and action.dest not in ("out", "vq")
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):

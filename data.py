@@ -27,8 +27,9 @@ from crops import center_crop, open_image, pair, random_crop, to_tensor
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # names of folders that are no classes
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
-VAL_DATA_HELP = "held-out folder (default: DATA/val, or a fixed 5%% of DATA)"
+VAL_DATA_HELP = "held-out images, a folder or file as DATA is (default: DATA/val, or a fixed 5%% of DATA)"
 BAD_SHARE_HELP = "share of images that may have no usable pixels or caption before the run stops"
 log = logging.getLogger(__name__)
 
@@ -60,59 +61,66 @@ class ImageSet:
                        names=[self.names[i] for i in keep], captions=captions, of=of)
 
 
-def load_images(data, split, size, val_data=None, text=False, bad_share=BAD_SHARE):
-    """The "train" or "val" ImageSet of a built-in set, of a folder of class folders or of images, or of captioned
-    images: a .jsonl file, or a folder with name.txt beside name.jpg.
+def load_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE):
+    """The ImageSets to train on and held out, of a built-in set, of a folder of class folders or of images, or of
+    captioned images: a .jsonl file, or a folder with name.txt beside name.jpg.
 
     size (int or (h, w), pixels) is what emoji are drawn at; digits are 32 x 32, digits-text 32 x 64, others keep
-    theirs. Held out, and never in "train": a fixed 10% of the digits, 5% of the rest; for a folder, its own `val`
-    beside `train`, or `val_data`. text: captions are needed; pictures without are left out, and none is mirrored, since
-    captions speak of left and right. bad_share: how many may have no usable caption or image.
+    theirs. Held out: a fixed 10% of the digits, 5% of the rest; for a folder, its own `val` beside `train`, or
+    `val_data`, of the same kind as data. text: captions are needed; pictures without are left out, and none is
+    mirrored, since captions speak of left and right. bad_share: how many may have no usable caption or image.
     Raises ValueError or FileNotFoundError with one sentence.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f'split is {split!r}, not "train" or "val"')
-    source = str(val_data) if val_data and split == "val" else f"{data}, {split}"
-    if str(data) not in BUILT_IN:
-        read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
-        pictures = _split(Path(data), split, val_data, lambda path: read(path, text, bad_share))
-        pictures = replace(pictures, bad_share=bad_share, source=source)
-        if text:  # after the split, which is the same with captions and without
-            pictures = pictures.subset([i for i, texts in enumerate(pictures.captions) if texts])
-        return pictures
-    if val_data is not None:
-        raise ValueError(f"{data} has its own held-out pictures: val_data goes with a folder only")
+    if val_data is not None and str(data) in BUILT_IN:
+        raise ValueError(f"{data} has its own held-out pictures: val_data goes with a folder or .jsonl file only")
     if str(data) == "digits-text":
-        return ImageSet(**builtin_sets.digits_text(split, 24_000 if split == "train" else 960)[0], source=source)
-    digits = str(data) == "digits"
-    pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))), source=source)
-    return pictures.subset(split_indices(pictures.labels, 0.1 if digits else 0.05, split))
+        splits = [ImageSet(**builtin_sets.digits_text(*of)[0]) for of in (("train", 24_000), ("val", 960))]
+    elif str(data) in BUILT_IN:
+        digits = str(data) == "digits"
+        pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))))
+        splits = _hold_out(pictures, 0.1 if digits else 0.05)
+    else:
+        read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
+        splits = _split(Path(data), val_data, lambda path: read(path, text, bad_share))
+        if text:  # after the split, which is the same with captions and without
+            splits = [part.subset([i for i, texts in enumerate(part.captions) if texts]) for part in splits]
+    sources = f"{data}, train", str(val_data or f"{data}, val")
+    return [replace(part, bad_share=bad_share, source=source) for part, source in zip(splits, sources, strict=True)]
 
 
-def _split(root, split, val_data, read):
-    if val_data is None and (root / "train").is_dir() and (root / "val").is_dir():
-        root, val_data = root / "train", root / "val"
+def _hold_out(pictures, share):
+    return [pictures.subset(split_indices(pictures.labels, share, split)) for split in ("train", "val")]
+
+
+def _split(root, val_data, read):
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        root, val_data = root / "train", val_data or root / "val"
     pictures = read(root)
     if val_data is None:
         if len(pictures) < 2:
             raise ValueError(f"{root} holds one image, and one has to be held out: add more, or name a val_data folder")
-        return pictures.subset(split_indices(pictures.labels, 0.05, split))
-    if Path(val_data).resolve() == root.resolve():
-        raise ValueError(f"{root} is given for training and for validation: the held-out images must be others")
+        return _hold_out(pictures, 0.05)
     held_out = read(Path(val_data))
     if held_out.class_names != pictures.class_names:
         odd = sorted(set(held_out.class_names) ^ set(pictures.class_names))
         raise ValueError(f"the class folders of {val_data} are not those of {root}: {', '.join(odd[:5])} in one only")
-    return pictures if split == "train" else held_out
+    places = set(map(os.path.abspath, held_out.images))
+    if both := next((path for path in pictures.images if os.path.abspath(path) in places), None):
+        raise ValueError(f"{both} is given for training and for validation: the held-out images must be others")
+    return pictures, held_out
 
 
 def _read_jsonl(path, text, bad_share):
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    captions = {}  # a picture may have several lines, and is in one split only
+        what = "no .jsonl file, as the images to train on are" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
+    images, captions = {}, {}  # a picture may have several lines, and is in one split only, however it is written
     for image, texts in zip(*read_jsonl(path, bad_share), strict=True):
-        captions.setdefault(image, []).extend(texts)
-    return ImageSet(list(captions), np.zeros(len(captions), np.int64), ["image"], [str(image) for image in captions],
+        place = os.path.normpath(image)
+        images.setdefault(place, image)
+        captions.setdefault(place, []).extend(texts)
+    images = list(images.values())
+    return ImageSet(images, np.zeros(len(images), np.int64), ["image"], [str(image) for image in images],
                     flip=not text, captions=list(captions.values()))
 
 
@@ -123,6 +131,9 @@ def _scan(root, text=False, bad_share=BAD_SHARE):
         raise ValueError(f"{root} mixes images ({images[0].name}) and class folders ({folders[0].name}): sort them")
     if not images and not folders:
         raise ValueError(f"{root} holds no images ({' '.join(sorted(EXTENSIONS))})")
+    if folders and SPLITS.issuperset(folder.name.lower() for folder in folders):
+        raise ValueError(f"{root} holds {' and '.join(f.name for f in folders)}, no classes: name one of them as the "
+                         "data, and the held-out one with --val-data (train and val together are found)")
     groups = [images] if images else [_list(folder)[0] for folder in folders]
     for folder, group in zip(folders, groups, strict=False):
         if not group:
@@ -388,21 +399,22 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (h, w), checked = pair(size), []
-    for split in ("train", "val"):
-        pictures = load_images(data, split, size, val_data, text, bad_share)
+    for split, pictures in zip(("train", "val"), load_images(data, size, val_data, text, bad_share), strict=True):
         rejects, sizes = Rejects(pictures.source, bad_share), []
         loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, **_workers(workers),
                                              generator=torch.Generator())
         with logging_redirect_tqdm():
-            for name, image, (*found, why) in zip(pictures.names, pictures.images, tqdm(loader, split), strict=True):
+            for image, (*found, why) in zip(pictures.images, tqdm(loader, split), strict=True):
                 if why:
-                    rejects.add(name if isinstance(image, Image.Image) else image, why)
+                    rejects.add(image, why)
                 else:
                     sizes.append(found)
         checked.append((rejects, len(pictures)))
         counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
-        few, many = (f"{counts[i]} ({pictures.class_names[i]})" for i in (counts.argmin(), counts.argmax()))
-        print(f"{split}: {len(pictures)} pictures, {rejects.n} unreadable; classes: {len(counts)}, of {few} to {many}")
+        few, many = counts.min(), counts.max()
+        of = f"{few}" if few == many else (f"{few} ({pictures.class_names[counts.argmin()]}) to "
+                                           f"{many} ({pictures.class_names[counts.argmax()]})")
+        print(f"{split}: {len(pictures)} pictures, {rejects.n} unreadable; classes: {len(counts)}, of {of}")
         if sizes:
             small = sum(width < w or height < h for width, height in sizes)
             width, height = min(sizes, key=lambda s: min(s[0] / w, s[1] / h))

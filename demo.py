@@ -22,7 +22,7 @@ from command_line import DEVICE_HELP, Parser, add_command, cli
 from common import label_font, make_folder, pick_device, save_grid, to_uint8
 from crops import center_crop, to_tensor
 from data import load_images
-from metrics import reconstruct, reconstruction_psnr
+from metrics import reconstruct
 from sample import load_models, paint, read_captions
 from vq import usage_and_perplexity
 
@@ -49,7 +49,7 @@ def grey(images):
 
 def classifier():
     """A support vector machine that reads the training digits' grey levels."""
-    train_set = load_images("digits", "train", 32)
+    train_set = load_images("digits", 32)[0]
     return SVC(C=10.0, gamma="scale").fit(grey(to_uint8(as_pixels(train_set))), train_set.labels)
 
 
@@ -75,13 +75,14 @@ def copying(samples, train, held_out, sample_codes, train_codes, held_out_codes)
 
 
 def stages(args, start):
-    """Seconds of every stage and the losses, from the folders that the training scripts made."""
+    """Seconds of every stage, losses and held-out PSNR, from the folders that the scripts made."""
     folders = dict(tokenizer=args.vq.parent, encode=args.codes, gpt=args.gpt.parent)
     results = {name: json.loads((folder / "result.json").read_text()) for name, folder in folders.items()}
     seconds = {name: round(result["seconds"], 1) for name, result in results.items()}
     seconds["sample and score"] = round(time.perf_counter() - start, 1)
     losses = {name: results["gpt"][name] for name in ("train_loss", "val_loss")}
-    return dict(seconds=dict(seconds, total=round(sum(seconds.values()), 1)), **losses)
+    psnr = results["tokenizer"]["val_psnr"]
+    return dict(seconds=dict(seconds, total=round(sum(seconds.values()), 1)), **losses, psnr=psnr)
 
 
 def write_numbers(codes, cell):
@@ -117,11 +118,8 @@ def digits(args):
     make_folder(args.out)
     vq, gpt, _ = load_models(args.vq, args.gpt, None, device)
     codes, val_codes = CodeFile(args.codes / "train"), CodeFile(args.codes / "val")
-    train_set, val_set = (load_images("digits", split, 32) for split in ("train", "val"))
+    train_set, val_set = load_images("digits", 32)
     train, val = as_pixels(train_set), as_pixels(val_set)
-    with torch.no_grad():
-        rec = torch.cat([vq(part.to(device))[0].cpu() for part in val.split(64)])
-    quality = reconstruction_psnr(val, rec)
     usage, perplexity = map(float, usage_and_perplexity(codes.counts()))
 
     train_grey, val_grey = grey(to_uint8(train)), grey(to_uint8(val))
@@ -139,7 +137,7 @@ def digits(args):
     explain(args.out / "how.png", vq, val[[13, 25]].to(device), images[13 % args.n])
 
     report = dict(
-        **stages(args, start), psnr=float(quality.mean()), codebook_usage=usage, perplexity=perplexity,
+        **stages(args, start), codebook_usage=usage, perplexity=perplexity,
         sample_accuracy=accuracy, real_accuracy=float(judge.score(val_grey, val_set.labels)),
         sampling=dict(chosen, seed=args.seed, samples=args.n), tried_on_seed={str(args.choose_seed): tried},
         copying=copying(grey(images), train_grey, val_grey, painted.flatten(1).cpu().numpy().astype(np.uint16),
@@ -253,7 +251,7 @@ def text(args):
                 shuffled = np.random.default_rng(0).permutation(args.n)
                 report["captions_shuffled"] = score(read, truth[shuffled])
                 seen["painted"] = ink.reshape(-1, 64), halves(painted.cpu().numpy())
-    train = grey(to_uint8(as_pixels(load_images("digits", "train", 32))))
+    train = grey(to_uint8(as_pixels(load_images("digits", 32)[0])))
     report["copying"] = copying(seen["painted"][0], train, seen["real", "seen"], seen["painted"][1],
                                 halves(codes.codes[:]), halves(val_codes.codes[:]))
     # What copies would score: training digits that went through the tokenizer.

@@ -67,16 +67,16 @@ def options():
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten",
                        help="ten: centre, corners and their mirrors, at each of --crop-scales")
-    crops.add_argument("--crop-scales", type=float, nargs="+", default=[1.1, 1.05],
-                       help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE")
-    crops.add_argument("--n-random", type=int, default=6, help="of random: crops per image, drawn as train_vq.py does")
+    crops.add_argument("--crop-scales", type=float, nargs="+",
+                       help="of ten: crops of SIZE pixels out of a centre crop of SCALE times SIZE (default: 1.1 1.05)")
+    crops.add_argument("--n-random", type=int, help="of random: crops per image, as train_vq.py draws (default: 6)")
     crops.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                        help="store mirrored crops, too; never of digits, emoji or with --text")
     text = parser.add_argument_group("captions")
     text.add_argument("--text", choices=["none", "t5", "tokens"], default="none",
                       help="store captions, too: features of FLAN-T5, or tokens")
     text.add_argument("--t5", type=Path, help="of t5: folder of FLAN-T5 as Hugging Face has it")
-    text.add_argument("--text-length", type=int, default=120, help="tokens of a caption, at most; GPTs read as many")
+    text.add_argument("--text-length", type=int, help="tokens of a caption, at most; GPTs read as many (default: 120)")
     text.add_argument("--text-model", type=Path, help="of tokens: a sentencepiece model (default: trained here)")
     text.add_argument("--text-vocab", type=int, help="tokens of the model trained here, at most (default: 8192)")
     text.add_argument("--text-pieces", choices=["unigram", "bpe", "word"], help="kind of that model (default: unigram)")
@@ -89,6 +89,28 @@ def options():
     run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                      help="of the encoder; bfloat16 moves some codes")
     return parser.parse_args()
+
+
+def check_options(args):
+    """ValueError for options that do not go together, or that no run can have; fills in those that were not given."""
+    tokens = dict.fromkeys(("text_model", "text_vocab", "text_pieces"), ("text", "tokens"))
+    belongs = dict(n_random=("crops", "random"), crop_scales=("crops", "ten"), t5=("text", "t5"),
+                   text_length=("text", "t5", "tokens"), **tokens)
+    for name, (to, *kinds) in belongs.items():
+        if getattr(args, name) is not None and getattr(args, to) not in kinds:
+            name, given = name.replace("_", "-"), getattr(args, to)
+            raise ValueError(f"--{name} goes with --{to} {' or '.join(kinds)}, not {given}")
+    if args.text_model and (args.text_vocab or args.text_pieces):
+        raise ValueError("--text-vocab and --text-pieces are for a model trained here: leave them out, or --text-model")
+    if args.text == "t5" and not args.t5:
+        raise ValueError("--text t5 needs the encoder's folder: give it with --t5")
+    for name, value in dict(n_random=6, crop_scales=[1.1, 1.05], text_length=120).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.text_length < 2 or args.n_random > 1000:
+        raise ValueError("--text-length has to be above 1, --n-random at most 1000")
+    if not all(1 <= scale <= 10 for scale in args.crop_scales):
+        raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
 
 
 def choose_crops(args, flip):
@@ -108,24 +130,17 @@ def ten_crops(img, size, scales, n):
     return [crop for scale in scales for crop in ten_crop(img, size, scale)[:n]]
 
 
-def caption_reader(args, device):
-    """What turns captions into rows, or None; ValueError for options that do not go together."""
-    for name, kind in dict(t5="t5", text_model="tokens", text_vocab="tokens", text_pieces="tokens").items():
-        if getattr(args, name) is not None and args.text != kind:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --text {kind}, not {args.text}")
-    if args.text_model and (args.text_vocab or args.text_pieces):
-        raise ValueError("--text-vocab and --text-pieces are for a model trained here: leave them out, or --text-model")
+def caption_reader(args, splits, device):
+    """What turns captions into rows, or None."""
     if args.text == "none":
         return None
     if args.text == "t5":
-        if not args.t5:
-            raise ValueError("--text t5 needs the encoder's folder: give it with --t5")
-        return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5)
+        return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5.resolve())
     if args.text_model:
         return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
     model = None
     if rank_and_world()[0] == 0:
-        captions = load_images(args.data, "train", 32, args.val_data, True, args.bad_share).captions
+        captions = splits["train"].captions
         every = -(-sum(map(len, captions)) // 1_000_000)  # beyond a million the trainer would draw, each time others
         captions = itertools.islice((caption for texts in captions for caption in texts), 0, None, every)
         model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
@@ -197,12 +212,11 @@ def encode_images(vq, image_set, indices, crop, folder, meta, args, device, read
     return writer.meta["images"]
 
 
-def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, reader):
+def encode_split(vq, split, image_set, args, size, device, tokenizer_sha256, reader):
     """Write OUT/split or, where it has several parts, this process's share of those that are not there yet, to
-    OUT/split.parts. Returns the folders of all, and the ImageSet.
+    OUT/split.parts. Returns the folders of all.
     """
-    image_set = load_images(args.data, split, size, args.val_data, reader is not None, args.bad_share)
-    image_set.flip = image_set.flip and args.flip
+    (rank, world), image_set.flip = rank_and_world(), image_set.flip and args.flip
     crop, names = choose_crops(args, image_set.flip)
     meta = dict(
         tokenizer=str(args.vq), tokenizer_sha256=tokenizer_sha256,
@@ -225,14 +239,12 @@ def encode_split(vq, split, args, size, device, rank, world, tokenizer_sha256, r
         say(f"{split}: {whole} of {len(parts)} parts are there")
     mine = [i for i, n in enumerate(there) if n is None][rank::world]
     batches = sum(-(-len(parts[i]) // args.batch_size) for i in mine)
-    if rank == 0:  # nothing was refused: from here on what lies there changes
-        (args.out / "result.json").unlink(missing_ok=True)
     with tqdm(desc=split, total=batches, unit="batch", disable=rank > 0) as bar:
         for i in mine:
             n = encode_images(vq, image_set, parts[i], crop, folders[i], meta, args, device, reader, bar)
             lost += len(parts[i]) - n
             check_lost(lost, image_set)
-    return folders, image_set
+    return folders
 
 
 def join(folder, parts, image_set, reader):
@@ -254,41 +266,45 @@ def join(folder, parts, image_set, reader):
     return n
 
 
-def run(vq, args, size, device, rank, world):
-    """What main() does in each of `world` processes; the first joins what all have written."""
+def remove_parts(out):
+    """What both splits were joined from; the first process does it."""
+    for folder in out.glob("*.parts") if rank_and_world()[0] == 0 else ():
+        shutil.rmtree(folder)
+
+
+def run(vq, args, size, device):
+    """What main() does in each process; the first joins what all have written."""
     result = args.out / "result.json"  # written last: all is there
-    sha, reader = file_sha256(args.vq), caption_reader(args, device)
-    start, splits = time.perf_counter(), {}
-    for split in ("train", "val"):
-        splits[split] = encode_split(vq, split, args, size, device, rank, world, sha, reader)
+    if result.exists():
+        remove_parts(args.out)  # a killed run may have left some
+        raise ValueError(f"{args.out} holds finished codes: remove the folder to encode anew")
+    start, text = time.perf_counter(), args.text != "none"
+    splits = load_images(args.data, size, args.val_data, text, args.bad_share)
+    splits = dict(zip(("train", "val"), splits, strict=True))
+    sha, reader = file_sha256(args.vq), caption_reader(args, splits, device)
+    folders = {split: encode_split(vq, split, image_set, args, size, device, sha, reader)
+               for split, image_set in splits.items()}
     barrier()  # all parts are written
-    if rank > 0:
+    if rank_and_world()[0] > 0:
         return
-    images = {split: join(args.out / split, *found, reader) for split, found in splits.items()}
+    images = {split: join(args.out / split, folders[split], splits[split], reader) for split in splits}
     seconds = time.perf_counter() - start
     result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
-    for split in splits:
-        if splits[split][0] != [args.out / split]:
-            for part in splits[split][0]:  # first, so that a kill leaves no part that looks whole
-                (part / "meta.json").unlink()
-            shutil.rmtree(args.out / f"{split}.parts")
+    remove_parts(args.out)
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
 
 
 def main():
     args = options()
     size = as_size(args.size)
-    if args.text_length < 2 or args.n_random > 1000:
-        raise ValueError("--text-length has to be above 1, --n-random at most 1000")
-    if not all(1 <= scale <= 10 for scale in args.crop_scales):
-        raise ValueError(f"--crop-scales have to be in [1, 10], not {args.crop_scales}")
+    check_options(args)
     if args.check_data:
         return check_images(args.data, size, args.val_data, args.text != "none", args.bad_share, args.workers)
-    with processes(args.device, timedelta(days=9), gradients=False) as (device, rank, world):  # to wait for slower ones
+    with processes(args.device, timedelta(days=9), gradients=False) as (device, rank, _):  # to wait for slower ones
         vq = VQModel.from_pretrained(args.vq).to(device)
         check_size(size, vq.config.factor)
         with alone(make_folder(args.out), rank):
-            run(vq, args, size, device, rank, world)
+            run(vq, args, size, device)
 
 
 if __name__ == "__main__":

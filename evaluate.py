@@ -11,6 +11,7 @@ mixing the two is the usual reason why published figures are not met. Under torc
 """
 
 import json
+import logging
 import math
 import tempfile
 import zipfile
@@ -45,6 +46,8 @@ from metrics import frechet_distance, inception_score, precision_recall, psnr, r
 from sample import decode
 from vq import VQModel, usage_and_perplexity
 
+log = logging.getLogger(__name__)
+
 # What the ImageNet validation images score against VIRTUAL_imagenet256_labeled.npz, and by how much it may differ.
 SELF_CHECK = dict(fid=(1.684, 0.02), inception_score=(231.8, 1.5), sfid=(3.69, 0.05), precision=(0.752, 0.005),
                   recall=(0.671, 0.005))
@@ -65,8 +68,11 @@ def scratch(folder=None):
         barrier()
 
 
-def reference(path, network, device, folder):
-    """(statistics of pool, of spatial, pool features) of an npz or folder; None for what it does not hold."""
+def reference(path, shape, network, device, folder):
+    """(statistics of pool, of spatial, pool features) of an npz or folder; None for what it does not hold.
+
+    ValueError where its images are not as large as those of the samples, of the shape (height, width, channels).
+    """
     path, stored, images = Path(path), {}, True
     if path.is_file() and zipfile.is_zipfile(path):
         with np.load(path) as content:
@@ -75,7 +81,12 @@ def reference(path, network, device, folder):
             images = "arr_0" in content
         if not images and "mu" not in stored:
             raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0)")
-    rows = features(Images(path), network, device, folder) if images else None
+    images = Images(path) if images else None
+    if images and images.shape != shape:
+        (h, w, _), (height, width, _) = shape, images.shape
+        raise ValueError(f"the samples are {w} x {h} pixels, those of {path} {width} x {height}: sample.py resizes "
+                         f"with --size")
+    rows = features(images, network, device, folder) if images else None
     pool = rows[:, :POOL] if images else None
     if "mu" in stored:
         return stored["mu"], stored.get("mu_s"), pool
@@ -109,9 +120,9 @@ def compare(samples, ref, args):
     device = args.device
     network, images = Inception.from_pretrained(args.inception).to(device), Images(samples)
     with scratch(args.cache) as folder:
-        pool_stats, spatial_stats, ref_pool = reference(ref, network, device, folder)  # a wrong one shows at once
+        pool_stats, spatial_stats, ref_pool = reference(ref, images.shape, network, device, folder)  # wrong? at once
         rows = features(images, network, device, folder)
-        result = dict(samples=str(samples), images=len(rows), reference=str(ref),
+        result = dict(samples=str(samples), images=len(rows), size=images.shape[:2], reference=str(ref),
                       reference_images=None if ref_pool is None else len(ref_pool),
                       network=f"{network.path.name}, sha256 {network.sha256[:12]}")
         if rank_and_world()[0]:
@@ -162,7 +173,8 @@ def recon(args):
     make_folder(args.out)
     vq = VQModel.from_pretrained(args.vq).to(device)
     check_size(args.size, vq.config.factor)
-    images = load_images(args.data, args.split, args.size, args.val_data, bad_share=args.bad_share)
+    splits = load_images(args.data, args.size, args.val_data, bad_share=args.bad_share)
+    images = dict(zip(("train", "val"), splits, strict=True))[args.split]
     network = lpips = None
     missing = {}
     for name in ("rfid", "lpips"):  # each needs weights that are fetched once, and is left out where they are not
@@ -172,7 +184,10 @@ def recon(args):
             else:
                 lpips = LPIPS().to(device)
         except (FileNotFoundError, ImportError) as error:
+            if name == "rfid" and args.inception:
+                raise
             missing[name] = f"not measured: {error}"
+            log.warning("%s is %s", name, missing[name])
     n, counts, late = len(images), *torch.zeros(2, vq.config.codebook_size, dtype=torch.long)
     with scratch() as folder:
         values = open_rows(folder / "values.npy", (n, 5))  # PSNR, SSIM, SSIM as LlamaGen, LPIPS; 1: it was read
@@ -265,7 +280,8 @@ def likelihood(args):
     if kind == "class" and gpt.config.num_classes < len(codes.class_names):
         raise ValueError(f"{args.gpt} has {gpt.config.num_classes} classes, {args.codes} {len(codes.class_names)}")
     trained_on = read_file(args.gpt).get("codes", {})
-    codes.check(**{name: trained_on[name] for name in ("tokenizer_sha256", "text") if name in trained_on})
+    same = ["tokenizer_sha256", "grid", "text", *(["class_names"] if kind == "class" else [])]
+    codes.check(**{name: trained_on[name] for name in same if name in trained_on})
     n, classes = len(codes), len(codes.class_names)
     sums = torch.zeros(classes, 4, dtype=torch.float64)  # images, nats, right guesses, and nats squared of an image
     for start in tqdm(range(0, n, args.batch_size)[rank::world], desc="codes", unit="batch", disable=rank > 0):

@@ -267,8 +267,9 @@ def features(images, network, device, folder, batch_size=64):
     """
     if images.n < 2:
         raise ValueError(f"{images.path} holds {images.n} image: statistics need two or more")
-    stat = images.path.stat()
-    what = [str(images.path.resolve()), images.n, images.shape, stat.st_size, stat.st_mtime_ns, network.sha256]
+    what = [str(images.path.resolve()), images.shape, network.sha256]
+    for file in images.files or [images.path]:
+        what += [str(file), (stat := file.stat()).st_size, stat.st_mtime_ns]
     path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
     if not path.exists():
         rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))

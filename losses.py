@@ -90,10 +90,14 @@ class PatchGAN(nn.Module):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x):
-        if min(x.shape[-2:]) < self.min_size:
+    def check_size(self, height, width):
+        """ValueError for images that leave no logit."""
+        if min(height, width) < self.min_size:
             raise ValueError(f"the discriminator needs images of at least {self.min_size} pixels a side, "
-                             f"these are {x.shape[-2]}x{x.shape[-1]}")
+                             f"these are {height}x{width}")
+
+    def forward(self, x):
+        self.check_size(*x.shape[-2:])
         return self.net(x)
 
 

@@ -70,9 +70,9 @@ def open_codes(args):
     return codes, val_codes
 
 
-def words(text):
-    """What tells one vocabulary of captions from another: `text` as meta.json has it."""
-    return (text or {}).get("model_sha256")
+def vocabulary(meta):
+    """What the numbers of a condition stand for, by what meta.json says of codes: classes, or tokens of a model."""
+    return meta["text"].get("model_sha256") if meta["text"] else meta["class_names"]
 
 
 def build_model(args, codes, vq):
@@ -97,9 +97,10 @@ def build_model(args, codes, vq):
             found = f"{model.config.vocab_size} codes, {args.codes} has {codes.codebook_size}"
             raise ValueError(f"--init {args.init} knows {found}")
         same = all(getattr(model.config, name) == value for name, value in cond.items())
-        if not same or words(common.read_file(args.init).get("codes", {}).get("text")) != words(text):
-            was, will = (f"{c['cond']} ({c['n_cond']} tokens)" for c in (vars(model.config), cond))
-            print(f"--init {args.init} was conditioned by {was}: {will} begins anew, the rest goes on")
+        trained_on = common.read_file(args.init).get("codes")  # published files do not tell
+        if not same or trained_on and vocabulary(trained_on) != vocabulary(codes.meta):
+            what = "captions" if text else "classes"
+            distributed.say(f"--init {args.init} was trained on other {what}: they begin anew, the rest goes on")
             model.set_condition(**fresh)
         elif args.cond_rope:
             raise ValueError("--cond-rope is for conditions that begin anew, and this one goes on from the file")
@@ -254,13 +255,13 @@ def train(args, device, rank, world, asked):
         if last:
             break
         with timer.paused():
+            if args.save_every and step % args.save_every == 0:  # first: what follows may fail
+                save(step)
             if step % args.eval_every == 0:
                 log.write(step=step, val_loss=evaluate(best, val_codes, args, device, dtype))
                 log.plot()
             if args.picture_every and step % args.picture_every == 0:
                 picture(f"samples_{step:06}.png")
-            if args.save_every and step % args.save_every == 0:
-                save(step)
 
     bar.close()
     if not save(step):

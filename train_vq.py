@@ -18,7 +18,7 @@ import command_line
 import common
 import distributed
 import training
-from crops import as_size, check_size
+from crops import as_size, check_size, pair
 from data import (
     BAD_SHARE,
     BAD_SHARE_HELP,
@@ -41,6 +41,7 @@ from losses import (
 from metrics import reconstruction_psnr
 from vq import PRESETS, VQConfig, VQModel, usage_and_perplexity
 
+KMEANS_BATCHES = 64  # that k-means looks at, at most
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_saturating_g_loss, non_saturating_d_loss)}
 
 
@@ -99,6 +100,17 @@ def build_model(args):
     return VQModel.from_pretrained(args.init, **how)
 
 
+def check_sizes(args, model, disc):
+    """ValueError where the images are too small, or too few, for what happens to them later in the run."""
+    check_size(args.size, model.config.factor)
+    if disc:
+        disc.check_size(*pair(args.size))
+    vectors = KMEANS_BATCHES * args.batch_size * math.prod(side // model.config.factor for side in pair(args.size))
+    if args.kmeans_step and vectors < model.config.codebook_size:
+        raise ValueError(f"--kmeans-step: {KMEANS_BATCHES} batches of {args.batch_size} images give k-means {vectors} "
+                         f"vectors, fewer than its {model.config.codebook_size} codes")
+
+
 @torch.no_grad()
 def evaluate(model, lpips, val_set, args, device):
     """Held-out {val_loss: mse + weighted LPIPS, val_psnr: dB}."""
@@ -136,9 +148,9 @@ def features(model, images, args, dtype):
 
 
 def first_features(model, train_set, args, device, dtype, per_code=32):
-    """Encoder outputs [N, D] of the first batches, at least `per_code` a code where 64 batches hold that many."""
+    """Encoder outputs [N, D] of the first batches, at least `per_code` a code where KMEANS_BATCHES hold that many."""
     batches, parts, want = image_batches(train_set, args.size, args.batch_size, args.seed), [], 1
-    while len(parts) < min(want, 64):
+    while len(parts) < min(want, KMEANS_BATCHES):
         parts.append(features(model, next(batches)[0].to(device), args, dtype))
         want = -(-per_code * model.config.codebook_size // len(parts[0]))
     return torch.cat(parts)
@@ -148,17 +160,16 @@ def train(args, device, rank, world, asked):
     """The run; `asked` as distributed.stopping() yields it."""
     dtype = common.pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    train_set = load_images(args.data, "train", args.size, args.val_data, bad_share=args.bad_share)
-    val_set = load_images(args.data, "val", args.size, args.val_data, bad_share=args.bad_share)
+    model, disc = build_model(args), PatchGAN() if args.disc_weight else None
+    check_sizes(args, model, disc)
+    train_set, val_set = load_images(args.data, args.size, args.val_data, bad_share=args.bad_share)
     train_set.flip = train_set.flip and args.flip
     lpips = LPIPS().to(device) if args.perceptual_weight else None
 
-    model = build_model(args)
-    check_size(args.size, model.config.factor)
     model = model.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimizers = training.make_optimizers(model, args)
-    disc = PatchGAN().to(device) if args.disc_weight else None
+    disc = disc and disc.to(device)
     if disc and world > 1 and device.type == "cuda":  # its batch statistics over all processes
         disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
     disc_optimizers = training.make_optimizers(disc, args) if disc else {}
@@ -263,13 +274,13 @@ def train(args, device, rank, world, asked):
         if last:
             break
         with timer.paused():
+            if args.save_every and step % args.save_every == 0:  # first: what follows may fail
+                save(step)
             if step % args.eval_every == 0:
                 log.write(step=step, **evaluate(best, lpips, val_set, args, device))
                 log.plot(("mse", "perceptual"))
             if args.picture_every and step % args.picture_every == 0:
                 draw(f"reconstructions_{step:06}.png")
-            if args.save_every and step % args.save_every == 0:
-                save(step)
 
     bar.close()
     if not save(step):

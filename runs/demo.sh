@@ -11,6 +11,7 @@ out=${1:-out/demo}
 $python train_vq.py --preset tiny --data digits --size 32 --perceptual-weight 0 --disc-weight 0 --out "$out/vq" \
   --max-steps 900 --batch-size 16 --lr 1.5e-3 --schedule cosine --warmup-steps 20 --kmeans-step 60 \
   --restart-every 100 --usage-window 16384 --no-compile --resume no --eval-every 200 --picture-every 200 ${VQ_OPTIONS:-}
+rm -rf "$out/codes"
 $python encode.py --vq "$out/vq/vq.pt" --data digits --size 32 --crops random --n-random 6 --out "$out/codes"
 $python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 1000 --batch-size 64 --lr 3e-3 \
   --schedule cosine --warmup-steps 20 --eval-every 200 --picture-every 200 --no-compile --resume no ${GPT_OPTIONS:-}

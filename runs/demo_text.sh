@@ -13,6 +13,7 @@ $python train_vq.py --preset tiny --data digits-text --size 32 64 --perceptual-w
   --max-steps 1600 --batch-size 8 --lr 1.5e-3 --schedule cosine --warmup-steps 20 --kmeans-step 60 \
   --restart-every 100 --usage-window 16384 --no-compile --resume no --eval-every 400 --picture-every 400 --eval-images 480 \
   --seed "$seed"
+rm -rf "$out/codes"
 $python encode.py --vq "$out/vq/vq.pt" --data digits-text --size 32 64 --crops center --out "$out/codes" \
   --text tokens --text-pieces word --text-length 16
 $python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 2000 --batch-size 24 --lr 3e-3 \

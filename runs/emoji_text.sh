@@ -10,6 +10,7 @@ out=${1:-out/emoji}
 $python train_vq.py --preset tiny --codebook-size 1024 --data emoji --size 64 --perceptual-weight 0 --disc-weight 0 \
   --out "$out/vq" --max-steps 3000 --batch-size 16 --lr 1.5e-3 --schedule cosine --warmup-steps 20 --kmeans-step 100 \
   --restart-every 100 --no-compile --resume no --eval-every 500 --picture-every 1000
+rm -rf "$out/codes"
 $python encode.py --vq "$out/vq/vq.pt" --data emoji --size 64 --crops random --n-random 6 --out "$out/codes" \
   --text tokens --text-vocab 1024 --text-length 16
 $python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 4000 --batch-size 24 --lr 3e-3 \

@@ -9,6 +9,7 @@ learnt nothing. There are no published T5 weights here; two layers of 128 channe
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def call(script, *words):
 
 def train_frozen(args, vq_path, t5_folder, folder):
     """encode.py and train_gpt.py on the features of an encoder in a folder."""
+    shutil.rmtree(folder / "codes", ignore_errors=True)
     call("encode.py", "--vq", vq_path, "--data", "digits-text", "--size", 32, 64, "--crops", "center", "--out",
          folder / "codes", "--text", "t5", "--t5", t5_folder, "--text-length", 16)
     recipe = [word for name, value in RECIPE.items() for word in (f"--{name.replace('_', '-')}", value)]

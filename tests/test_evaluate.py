@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import sys
 import warnings
@@ -242,6 +243,17 @@ def test_folders_and_npz_are_read_alike(pictures, rows, network, tmp_path):
         features(Images(pictures / "a.npz"), model, CPU, tmp_path)
 
 
+def test_what_is_kept_is_of_the_files_as_they_were(pictures, network, tmp_path):
+    model, folder = Inception.from_pretrained(network).to(CPU), tmp_path / "a"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(pictures / "a" / f"{i:03}.png", folder)
+    before = features(Images(folder), model, CPU, tmp_path)
+    shutil.copy(folder / "001.png", folder / "000.png")  # the folder itself looks as before
+    after = features(Images(folder), model, CPU, tmp_path)
+    assert relative(after[0], before[1]) < 1e-6 < relative(after[0], before[0])
+
+
 def gen(monkeypatch, network, samples, ref, out, *more):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "gen", "--samples", str(samples), "--ref", str(ref), "--inception",
                                       str(network), "--out", str(out), "--device", "cpu", *map(str, more)])
@@ -409,7 +421,9 @@ def test_recon(monkeypatch, run_dir, network):
     call(monkeypatch, "recon", *common, "--out", run_dir / "one")
     result = json.loads((run_dir / "one" / "recon.json").read_text())
     assert "no VGG here" in result["lpips"] and f"fetch {FILES[0]} (91 MiB) from https" in result["rfid"]
-    images = load_images("digits", "val", 8)
+    with pytest.raises(FileNotFoundError, match="typo.pth is not there: fetch"):  # which was asked for
+        call(monkeypatch, "recon", *common, "--out", run_dir / "one", "--inception", run_dir / "typo.pth")
+    images = load_images("digits", 8)[1]
     x = torch.cat([batch for batch, *_ in evaluate.eval_batches(images, 8, 64)])
     with torch.no_grad():
         y, codes = evaluate.reconstruct(small_vq(), x)
@@ -436,8 +450,8 @@ def test_recon(monkeypatch, run_dir, network):
     result = json.loads((run_dir / "recon.json").read_text())
     assert result["data"] == str(run_dir / "v") and result["images"] == 3
 
-    full = evaluate.load_images
-    monkeypatch.setattr(evaluate, "load_images", lambda *args, **how: full(*args, **how).subset(range(6)))
+    full = evaluate.load_images("digits", 32)
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: [part.subset(range(6)) for part in full])
     monkeypatch.setattr(evaluate, "LPIPS", lambda: losses.LPIPS(random_weights=True))
     call(monkeypatch, "recon", *common[:4], "--size", 32, "--out", run_dir / "all", "--inception", network)
     result = json.loads((run_dir / "all" / "recon.json").read_text())
@@ -490,6 +504,7 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
     good = np.load(pictures / "a.npz")["arr_0"][:4]
     np.savez(tmp_path / "float.npz", good / 255)
     np.savez(tmp_path / "grey.npz", good[..., :1])
+    np.savez(tmp_path / "small.npz", good[:, :20])
     np.savez(tmp_path / "names.npz", images=good)
     np.savez(tmp_path / "one.npz", good[:1])
     np.savez(tmp_path / "black.npz", np.zeros_like(good))
@@ -503,6 +518,7 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
         ("names.npz", "holds no arr_0"), ("one.npz", "holds 1 image: statistics need two"),
         ("black.npz", r"same features \(all black\?\)"), ("text.npz", "not a readable npz"), ("none.npz", "no such"),
         ("empty", "holds no images"), ("sizes", "1.png is 40 x 20 pixels, 0.png 40 x"),
+        ("small.npz", "the samples are 40 x 20 pixels, those of .*a.npz 40 x 40: sample.py resizes with --size"),
     ):
         where = "--inception", network, "--out", tmp_path / "out.json", "--cache", tmp_path / "cache"
         error = fails(monkeypatch, capsys, "gen", "--samples", tmp_path / name, "--ref", pictures / "a.npz", *where)
@@ -538,6 +554,11 @@ def test_bad_codes(monkeypatch, capsys, run_dir):
     for gpt, message in (("other.pt", "has 17 codes and reads class; .* has 16"), ("few.pt", "has 3 classes, .* 10")):
         error = fails(monkeypatch, capsys, "likelihood", "--gpt", run_dir / gpt, "--codes", run_dir / "codes")
         assert re.search(message, error), error
+    codes = torch.load(run_dir / "gpt.pt")["codes"]
+    for name, other in (("class_names", [f"c{i}" for i in range(1, 11)]), ("grid", [4, 2])):
+        save_file(run_dir / "other.pt", dict(small_gpt(num_classes=10).checkpoint(), codes=codes | {name: other}))
+        error = fails(monkeypatch, capsys, "likelihood", "--gpt", run_dir / "other.pt", "--codes", run_dir / "codes")
+        assert f"has the {name} " in error, error
     save_file(run_dir / "vq2.pt", dict(small_vq().checkpoint(), more=1))
     for vq, message in (("vq2.pt", "tokenizer_sha256"), ("no.pt", "give it with --vq")):
         where = "--codes", run_dir / "codes", "--vq", run_dir / vq, "--out", run_dir

@@ -302,6 +302,36 @@ def test_a_picture_of_unreadable_images_is_a_warning(tmp_path, caplog):
         train_vq.evaluate(VQModel(VQConfig(**VQ)), None, held_out, args, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["vq", "gpt"])
+def test_a_failing_evaluation_comes_after_the_checkpoint(name, pictures, codes, tmp_path, monkeypatch):
+    script = RUNS[name][0]
+    options = vq_options(pictures, *NO_DISC) if name == "vq" else gpt_options(codes)
+    options = [*options, "--max-steps", 6, "--eval-every", 3, "--save-every", 3]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="unreadable"):
+        patch.setattr(script, "evaluate", lambda *_: (_ for _ in ()).throw(OSError("unreadable")))
+        run(script, patch, tmp_path, *options)
+    assert torch.load(tmp_path / "state.pt")["step"] == 3
+    assert run(script, monkeypatch, tmp_path, *options, "--resume")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("change, message", [
+    (("--size", 16), "the discriminator needs images of at least 24 pixels a side, these are 16x16"),
+    (("--kmeans-step", 5, "--batch-size", 1, "--codebook-size", 2305),
+     "64 batches of 1 images give k-means 2304 vectors, fewer than its 2305 codes"),
+    (("--size", 30), "--size 30 is no multiple of 4")], ids=lambda x: x[0] if isinstance(x, tuple) else "")
+def test_what_would_fail_later_is_said_at_once(change, message, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=message):  # before the pictures are missed
+        run(train_vq, monkeypatch, tmp_path / "out", "--preset", "tiny", "--data", "none", "--size", 24, *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_needs_the_same_size(pictures, tmp_path, monkeypatch):
+    options = [*vq_options(pictures, *NO_DISC), "--max-steps", 1]
+    run(train_vq, monkeypatch, tmp_path, *options)
+    with pytest.raises(ValueError, match=r"state.pt is of a run with other options \(size .*, not 8\)"):
+        run(train_vq, monkeypatch, tmp_path, *options, "--size", 8, "--resume")
+
+
 def test_resuming_needs_the_same_options(codes, tmp_path, monkeypatch):
     options = gpt_options(codes, "--max-steps", 1)
     with pytest.raises(FileNotFoundError, match="state.pt: no such file"):
@@ -363,7 +393,7 @@ def test_tokenizer_goes_on_from_weights_alone(pictures, tmp_path, monkeypatch):
         config = VQModel.from_pretrained(tmp_path / "b" / "vq.pt").config
         assert (config.beta, config.usage_window, config.patch) == (0.5, 100, 2)
     with pytest.raises(ValueError, match="leave --preset, --codebook-size and --code-dim out"):
-        run(train_vq, monkeypatch, tmp_path / "b", *options, "--init", init, "--code-dim", 4)
+        run(train_vq, monkeypatch, tmp_path / "b", *options, "--init", init, "--code-dim", 4, "--resume", "no")
 
 
 def test_gpt_goes_on_from_weights_alone(codes, tmp_path, monkeypatch):
@@ -378,6 +408,24 @@ def test_gpt_goes_on_from_weights_alone(codes, tmp_path, monkeypatch):
         assert rows[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-3)
         config = GPT.from_pretrained(tmp_path / "b" / "gpt.pt").config
         assert (config.cond_rope, config.dropout) == ("zero", 0.3)
+
+
+def test_other_classes_begin_anew(codes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", dict(LLAMA, n_head=4, dim=128))
+    run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(codes, "--max-steps", 2))
+    shutil.copytree(codes, tmp_path / "codes")
+    for split in ("train", "val"):
+        meta = json.loads((tmp_path / "codes" / split / "meta.json").read_text())
+        meta["class_names"] = meta["class_names"][::-1]
+        (tmp_path / "codes" / split / "meta.json").write_text(json.dumps(meta))
+    for folder, anew in ((codes, False), (tmp_path / "codes", True)):
+        run(train_gpt, monkeypatch, tmp_path / "b", *gpt_options(
+            folder, "--max-steps", 1, "--lr", 1e-9, "--init", tmp_path / "a" / "gpt.pt", "--resume", "no"))
+        before, after = (torch.load(tmp_path / x / "gpt.pt")["model"] for x in "ab")
+        same = [torch.allclose(before[x], after[x], atol=1e-6) for x in
+                ("cls_embedding.embedding_table.weight", "output.weight")]
+        said = "was trained on other classes: they begin anew" in capsys.readouterr().out
+        assert same == [not anew, True] and said == anew
 
 
 def test_codes_of_another_tokenizer_are_refused(codes, tmp_path, monkeypatch):
@@ -436,8 +484,8 @@ def bad_pictures(pictures, tmp_path):
 def test_check_data_names_all_and_trains_nothing(script, workers, bad_pictures, tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     out, text = tmp_path / "out", script is encode
-    words = ["--data", bad_pictures, "--size", 16, 24, "--workers", workers, "--check-data", "--out", out]
-    words += ["--vq", "none.pt", "--text", "tokens"] if text else []
+    words = ["--data", bad_pictures, "--size", 16, 24, "--workers", workers, "--check-data"]
+    words += ["--text", "tokens"] if text else ["--out", out]
     bad = [path for path in bad_pictures.rglob("*.png") if path.read_bytes() == b"damaged"]
     for share, code in ((0.4, 0), (0.2, 2)):
         caplog.clear()
@@ -446,7 +494,7 @@ def test_check_data_names_all_and_trains_nothing(script, workers, bad_pictures, 
         n = 36 if text else 38
         assert f"train: {n} pictures, 12 unreadable; classes: 2, of " in printed
         assert "train: 2 smaller than 16 x 24, to be enlarged; the smallest is 9 x 8" in printed
-        assert "val: 2 pictures, 0 unreadable; classes: 2, of 1 (across) to 1 (across)" in printed
+        assert "val: 2 pictures, 0 unreadable; classes: 2, of 1\n" in printed
         assert (f"train: {2 * n} captions" in printed) == ("val: 4 captions" in printed) == text
         assert len(bad) == 12 and all(sum(f"left out: {p} (Unid" in m for m in caplog.messages) == 1 for p in bad)
         assert f"left out: 12 in all of {n}" in caplog.messages
@@ -464,7 +512,7 @@ def test_encode_leaves_unreadable_pictures_out_of_everything(bad_pictures, codes
     assert run_command(encode, monkeypatch, *words, "--bad-share", 0.4) == 0
     assert sum("unreadable image left out: " in message for message in caplog.messages) == 12
     file, tokenizer = CodeFile(tmp_path / "codes" / "train"), VQModel.from_pretrained(codes.parent / "vq.pt")
-    pictures = train_vq.load_images(bad_pictures, "train", 8, text=True, bad_share=0.4)
+    pictures = train_vq.load_images(bad_pictures, 8, text=True, bad_share=0.4)[0]
     kept = [i for i, path in enumerate(pictures.images) if path.read_bytes() != b"damaged"]
     assert len(file) == len(file.labels) == len(kept) == 24
     assert file.labels.tolist() == pictures.labels[kept].tolist()
@@ -477,7 +525,7 @@ def test_encode_leaves_unreadable_pictures_out_of_everything(bad_pictures, codes
 def test_check_data_of_codes(codes, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "codes"
     shutil.copytree(codes, folder)
-    words = ("--codes", folder, "--check-data", "--out", tmp_path / "out")
+    words = ("--codes", folder, "--check-data")
     assert run_command(train_gpt, monkeypatch, *words) == 0
     counts = CodeFile(folder / "train").counts()
     assert counts.tolist() == np.bincount(np.load(folder / "train" / "codes.npy").ravel(), minlength=32).tolist()
