@@ -120,8 +120,9 @@ class Loop:
                 self.step(model, rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self.step(model, rows)
+        with torch.cuda.stream(torch.cuda.current_stream()):  # current again after a capture that failed, too
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self.step(model, rows)
         return graph
 
     def prefill(self, model, cond, cond_mask, noise):

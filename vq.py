@@ -73,7 +73,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).mT.unsqueeze(1) for f in (self.q, self.k, self.v))  # B, 1, H*W, C
+        # B, 1, H*W, C in that order of memory, without which a GPU has no fused attention
+        q, k, v = (f(h).flatten(2).mT.contiguous().unsqueeze(1) for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # scale C^-1/2
         return x + self.proj_out(h.squeeze(1).mT.unflatten(2, x.shape[2:]))  # B, C, H, W
 
@@ -332,7 +333,7 @@ class VQModel(nn.Module):
         # A window of past codes means nothing to a new run: published files hold zeros.
         weights["quantize.codebook_used"] = torch.full((config.usage_window,), -1, dtype=torch.int32)
         load_weights(model, weights, path)
-        return model.float().eval()
+        return model.float().to(memory_format=torch.contiguous_format).eval()  # training left its channels last
 
     def checkpoint(self):
         """What from_pretrained reads: {"model": weights under the published names, "config": sizes}."""

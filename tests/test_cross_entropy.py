@@ -79,9 +79,10 @@ def test_rows_of_every_width(rows, V, dtype, device):
     assert torch.equal(wider[:, V:], before[:, V:])
     want_loss, want = exact_softmax_loss(plain, targets)
     plain_losses = softmax_loss_ref(plain, targets, True)
+    steps = 1 if device == "cuda" else 1 / 2  # a GPU's ex2.approx and division are off by up to a float32 step, too
     for mine, theirs, true in ((losses, plain_losses, want_loss), (logits, plain, want)):
         mine, theirs = (mine - true).abs(), (theirs - true).abs()
-        assert mine.max() <= 2 * theirs.max() + torch.finfo(dtype).eps * true.abs().max() / 2
+        assert mine.max() <= 2 * theirs.max() + steps * torch.finfo(dtype).eps * true.abs().max()
 
 
 @needs_kernel

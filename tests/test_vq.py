@@ -1,4 +1,5 @@
 import argparse
+import copy
 import os
 import pickle
 import socket
@@ -332,6 +333,26 @@ def test_averaged_weights_come_first(model, tmp_path):
     torch.save({"model": published(model), "ema": average}, tmp_path / "vq.pt")
     loaded = VQModel.from_pretrained(tmp_path / "vq.pt")
     assert torch.equal(loaded.quant_conv.weight, 2 * model.quant_conv.weight)
+
+
+def test_the_order_of_memory_in_training_ends_with_it(model, tmp_path):
+    """Files keep strides: our tokenizers would run in another order on a GPU than published ones."""
+    torch.save(copy.deepcopy(model).to(memory_format=torch.channels_last).checkpoint(), tmp_path / "vq.pt")
+    kept = torch.load(tmp_path / "vq.pt")["model"]
+    assert not kept["encoder.conv_in.weight"].is_contiguous()
+    loaded = VQModel.from_pretrained(tmp_path / "vq.pt")
+    assert all(x.is_contiguous() and torch.equal(x, kept[name]) for name, x in loaded.state_dict().items()
+               if name != "quantize.codebook_used")
+
+
+def test_attention_asks_for_channels_side_by_side(monkeypatch):
+    """Without that a GPU takes no fused kernel, and holds all pairs of positions."""
+    strides, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: strides.extend(x.stride() for x in qkv) or
+                        real(*qkv))
+    for order in (torch.contiguous_format, torch.channels_last):
+        vq.AttnBlock(32)(torch.rand(2, 32, 4, 6).contiguous(memory_format=order))
+    assert len(strides) == 6 and {s[-2:] for s in strides} == {(32, 1)}
 
 
 def test_zeros_of_published_codebook_used_are_not_usage(model, tmp_path):
