@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import fetch, nearest
 
@@ -106,7 +108,8 @@ def add_command(commands, name, run, doc):
 def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
     try:
-        main()
+        with logging_redirect_tqdm():  # warnings have lines of their own
+            main()
     except KeyboardInterrupt:
         if not os.environ.get("NANOLLAMAGEN_TRACE"):
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -119,6 +122,8 @@ def cli(main):
         reason = f"out of memory: {str(error).splitlines()[0]}" if memory else error
         if isinstance(error, OSError) and error.strerror and error.filename:
             reason = f"{error.filename}: {error.strerror}"
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own, and is the last
+            bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         if torch.distributed.is_initialized():  # its threads may abort the process while the interpreter ends
             with suppress(OSError):  # a reader that has gone

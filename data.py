@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import builtin_sets
 from builtin_sets import split_indices
@@ -397,18 +396,17 @@ def check_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE, wor
     """
     if rank_and_world()[0] > 0:
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger().setLevel(logging.INFO)
     (h, w), checked = pair(size), []
     for split, pictures in zip(("train", "val"), load_images(data, size, val_data, text, bad_share), strict=True):
         rejects, sizes = Rejects(pictures.source, bad_share), []
         loader = torch.utils.data.DataLoader(Sizes(pictures.images), batch_size=None, **_workers(workers),
                                              generator=torch.Generator())
-        with logging_redirect_tqdm():
-            for image, (*found, why) in zip(pictures.images, tqdm(loader, split), strict=True):
-                if why:
-                    rejects.add(image, why)
-                else:
-                    sizes.append(found)
+        for image, (*found, why) in zip(pictures.images, tqdm(loader, split), strict=True):
+            if why:
+                rejects.add(image, why)
+            else:
+                sizes.append(found)
         checked.append((rejects, len(pictures)))
         counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
         few, many = counts.min(), counts.max()

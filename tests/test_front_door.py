@@ -1,6 +1,7 @@
 import argparse
 import ast
 import importlib
+import logging
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import VQ
+from tqdm import tqdm
 
 import command_line
 import common
@@ -318,6 +320,22 @@ def test_recipes_have_options_that_the_scripts_know(name, words, tmp_path, monke
         args = script.options()
         if script in (train_vq, train_gpt):
             training.check_training_options(args, world)
+
+
+def test_warnings_and_errors_have_lines_of_their_own(monkeypatch, capsys):
+    """Beside a progress bar, whose line is open."""
+    def main():
+        bar = tqdm(total=2, desc="run")
+        bar.update()
+        logging.getLogger("a").warning("a warning")
+        bar.refresh()
+        raise ValueError("an error")
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit):
+        command_line.cli(main)
+    lines = [line.split("\r")[-1].strip() for line in capsys.readouterr().err.split("\n")]
+    assert lines[0] == "a warning" and "1/2" in lines[1] and lines[2:] == ["run.py: error: an error", ""]
 
 
 # Dead code
