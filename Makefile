@@ -1,4 +1,4 @@
-# make demo: train both stages on real digits and paint; make demo-text: the same from captions; make test: ruff and
+# make demo: train both stages on real digits and sample; make demo-text: the same from captions; make test: ruff and
 # pytest, on the CPU also where there is a GPU (the kernels on it: bash runs/benchmark.sh check). Each sets itself up in
 # .venv.
 PYTHON ?= python3

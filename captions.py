@@ -100,7 +100,8 @@ def open_reader(cond, about, t5_folder, device, source):
     for a GPT that reads no text, and where the tokenizer or the encoder is missing.
     """
     if cond == "class" or (cond == "tokens" and not about):
-        raise ValueError(f"{source} paints classes" if cond == "class" else f"{source} does not hold its tokenizer")
+        what = "is conditioned on classes" if cond == "class" else "does not hold its tokenizer"
+        raise ValueError(f"{source} {what}")
     about = about or dict(kind="t5", length=120)
     if about["kind"] == "tokens":
         if t5_folder:

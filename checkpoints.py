@@ -98,7 +98,7 @@ def find(args):
     FileNotFoundError where there is none and --resume wants it: scripts ask before they load anything."""
     paths = [path for path in (args.out / "state.pt", args.out / "state.pt.previous") if path.exists()]
     if paths and not args.resume:
-        raise ValueError(f"{args.out} holds a run: --resume goes on with it, --resume no begins anew in its place")
+        raise ValueError(f"{args.out} holds a run: --resume goes on with it, --resume no starts over in its place")
     if not paths and args.resume == "yes":
         raise FileNotFoundError(f"{args.out / 'state.pt'}: no such file (--resume auto begins a run then)")
     return paths
@@ -108,8 +108,8 @@ def load_state(args, parts):
     """Fill models and optimizers {name: part} and the random generators from OUT/state.pt, or, if that cannot be read,
     from the checkpoint before it. Returns (step, seconds, data), or (0, 0.0, None) where nothing is to be resumed.
 
-    On another number of processes the generators begin anew. ValueError where it is a run with other options; with
-    --resume no it is removed.
+    On another number of processes the generators start from the seed. ValueError where it is a run with other options;
+    with --resume no it is removed.
     """
     paths = find(args)
     if args.resume == "no" and rank_and_world()[0] == 0:  # nobody is to go on from another run's checkpoint

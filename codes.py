@@ -217,7 +217,7 @@ class CodeFile:
     def code_batch(self, step, batch_size, seed, rank=0, world=1):
         """(codes int64 [B/world, h*w], *condition) of the endless sequence; depends on (seed, step) alone.
 
-        Augmentation and caption are drawn anew for each picture and epoch. batch_size B is over all ranks.
+        Augmentation and caption are drawn again for each picture and epoch. batch_size B is over all ranks.
         """
         check_batch(len(self), batch_size, world)
         epochs, indices = endless_positions(len(self), step, batch_size, seed, rank, world)

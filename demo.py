@@ -23,7 +23,7 @@ from common import label_font, make_folder, pick_device, save_grid, to_uint8
 from crops import center_crop, to_tensor
 from data import load_images
 from metrics import reconstruct
-from sample import load_models, paint, read_captions
+from sample import load_models, read_captions, sample_images
 from vq import usage_and_perplexity
 
 # Guidance and top-k that `digits` tries on one seed before it reports the best on another.
@@ -98,8 +98,8 @@ def write_numbers(codes, cell):
 
 
 @torch.no_grad()
-def explain(path, vq, real, painted):
-    """Two images [2, 3, H, W], their codes and what these decode to; a painted one [H, W, 3], uncovered in steps."""
+def explain(path, vq, real, generated):
+    """Two images [2, 3, H, W], their codes and what these decode to; a generated one [H, W, 3], uncovered in steps."""
     codes, zoom = vq.encode(real), 4
     (h, w), cell = codes.shape[1:], zoom * vq.config.factor
     pixels, decoded = (to_uint8(x).repeat(zoom, 1).repeat(zoom, 2) for x in (real, vq.decode(codes)))
@@ -107,13 +107,13 @@ def explain(path, vq, real, painted):
     steps = [h * w * i // 6 for i in range(1, 7)]
     for n in steps:
         drawn = (np.arange(h * w).reshape(h, w) < n).repeat(cell, 0).repeat(cell, 1)
-        tiles.append(np.where(drawn[..., None], painted.repeat(zoom, 0).repeat(zoom, 1), np.uint8(200)))
+        tiles.append(np.where(drawn[..., None], generated.repeat(zoom, 0).repeat(zoom, 1), np.uint8(200)))
     labels = 2 * ["held-out image", "its codes", "decoded"] + [f"{n} codes drawn" for n in steps]
     save_grid(path, np.stack(tiles), len(steps), labels, scale=1)
 
 
 def digits(args):
-    """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in painted digits."""
+    """The report of `make demo`: PSNR, codebook usage, losses, and what a classifier reads in generated digits."""
     start, device = time.perf_counter(), pick_device(args.device)
     make_folder(args.out)
     vq, gpt, _ = load_models(args.vq, args.gpt, None, device)
@@ -126,13 +126,14 @@ def digits(args):
     judge = classifier()
     labels = np.arange(args.n) % 10
 
-    def paint_and_read(seed, settings):
-        images, painted = paint(vq, gpt, torch.from_numpy(labels).to(device), batch_size=500, seed=seed, **settings)
-        return float((judge.predict(grey(images)) == labels).mean()), images, painted
+    def sample_and_read(seed, settings):
+        cond = torch.from_numpy(labels).to(device)
+        images, generated = sample_images(vq, gpt, cond, batch_size=500, seed=seed, **settings)
+        return float((judge.predict(grey(images)) == labels).mean()), images, generated
 
-    tried = {json.dumps(s): paint_and_read(args.choose_seed, s)[0] for s in CANDIDATES}
+    tried = {json.dumps(s): sample_and_read(args.choose_seed, s)[0] for s in CANDIDATES}
     chosen = json.loads(max(tried, key=tried.get))
-    accuracy, images, painted = paint_and_read(args.seed, chosen)
+    accuracy, images, generated = sample_and_read(args.seed, chosen)
     save_grid(args.out / "samples.png", images[:100], 10, [f"{i}" for i in labels[:100]], scale=2)
     explain(args.out / "how.png", vq, val[[13, 25]].to(device), images[13 % args.n])
 
@@ -140,7 +141,7 @@ def digits(args):
         **stages(args, start), codebook_usage=usage, perplexity=perplexity,
         sample_accuracy=accuracy, real_accuracy=float(judge.score(val_grey, val_set.labels)),
         sampling=dict(chosen, seed=args.seed, samples=args.n), tried_on_seed={str(args.choose_seed): tried},
-        copying=copying(grey(images), train_grey, val_grey, painted.flatten(1).cpu().numpy().astype(np.uint16),
+        copying=copying(grey(images), train_grey, val_grey, generated.flatten(1).cpu().numpy().astype(np.uint16),
                         codes.codes[:].reshape(-1, codes.codes.shape[2]), val_codes.codes[:, 0]),
     )
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
@@ -154,12 +155,12 @@ def print_digits(report, args):
         ("held-out PSNR", f"{report['psnr']:.2f} dB"),
         ("codes used", f"{report['codebook_usage']:.1%}, perplexity {report['perplexity']:.0f}"),
         ("GPT loss", f"{report['train_loss']:.3f} training, {report['val_loss']:.3f} held out (nats per code)"),
-        ("painted digits read right", f"{report['sample_accuracy']:.1%} of {s['samples']} (cfg {s['cfg_scale']}, top-k "
-                                      f"{s['top_k']}; settings chosen on another seed)"),
+        ("generated digits read right", f"{report['sample_accuracy']:.1%} of {s['samples']} (cfg {s['cfg_scale']}, "
+                                        f"top-k {s['top_k']}; settings chosen on another seed)"),
         ("real digits read right", f"{report['real_accuracy']:.1%} of the held-out ones, by the same classifier"),
-        ("nearest training digit", f"{c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} from held-"
+        ("nearest training digit", f"{c['sample_to_train']:.3f} from generated, {c['held_out_to_train']:.3f} from held-"
                                    "out digits (RMS grey level)"),
-        ("code for code in training", f"{c['sample_codes_in_train']:.1%} of painted, "
+        ("code for code in training", f"{c['sample_codes_in_train']:.1%} of generated, "
                                       f"{c['held_out_codes_in_train']:.1%} of held-out digits"),
     ]
     print("\n".join(f"{name:28}{value}" for name, value in rows))
@@ -225,7 +226,7 @@ def text(args):
     if codes.meta["data"] != "digits-text":
         raise ValueError(f"{args.codes} holds codes of {codes.meta['data']}, not of digits-text")
     reader, judge = open_reader(gpt.config.cond, codes_meta.get("text"), args.t5, device, args.gpt), classifier()
-    report, shown, captions = dict(samples=args.n, seed=args.seed, real={}, reconstructed={}, painted={}), [], []
+    report, shown, captions = dict(samples=args.n, seed=args.seed, real={}, reconstructed={}, generated={}), [], []
     seen = {}  # ink of the pictures of seen combinations, for the question of copying
     for split in ("train", *SPLITS[2:]):
         real, truth = digits_text(split, args.n, args.seed)
@@ -241,18 +242,18 @@ def text(args):
         texts = [texts[0] for texts in real["captions"]]
         cond = read_captions(gpt, reader, texts)
         for scale in GUIDANCE:
-            images, painted = paint(vq, gpt, *cond, batch_size=args.n, seed=args.seed, cfg_scale=scale)
+            images, generated = sample_images(vq, gpt, *cond, batch_size=args.n, seed=args.seed, cfg_scale=scale)
             read, ink = read_pictures(images, judge)
-            report["painted"].setdefault(f"{scale}", {})[split] = score(read, truth)
+            report["generated"].setdefault(f"{scale}", {})[split] = score(read, truth)
             if scale == args.cfg_scale:
                 shown.append(images[:6])
                 captions += texts[:6]
             if scale == args.cfg_scale and split == "seen":
                 shuffled = np.random.default_rng(0).permutation(args.n)
                 report["captions_shuffled"] = score(read, truth[shuffled])
-                seen["painted"] = ink.reshape(-1, 64), halves(painted.cpu().numpy())
+                seen["generated"] = ink.reshape(-1, 64), halves(generated.cpu().numpy())
     train = grey(to_uint8(as_pixels(load_images("digits", 32)[0])))
-    report["copying"] = copying(seen["painted"][0], train, seen["real", "seen"], seen["painted"][1],
+    report["copying"] = copying(seen["generated"][0], train, seen["real", "seen"], seen["generated"][1],
                                 halves(codes.codes[:]), halves(val_codes.codes[:]))
     # What copies would score: training digits that went through the tokenizer.
     report["copying"]["copies_to_train"] = float(np.median(nearest_distance(seen["reconstructed", "train"], train)))
@@ -263,7 +264,7 @@ def text(args):
 
 
 def print_text(report, args):
-    chosen, c = report["painted"][f"{args.cfg_scale}"], report["copying"]
+    chosen, c = report["generated"][f"{args.cfg_scale}"], report["copying"]
 
     def line(title, row, name="all"):
         cells = (f"{100 * row[split][name]:>17.1f}" if split in row else " " * 17 for split in report["real"])
@@ -272,12 +273,12 @@ def print_text(report, args):
     print(f"{'% right':26}" + "".join(f"{split:>17}" for split in report["real"]))
     line("all, real pictures", report["real"])
     line("all, reconstructions", report["reconstructed"])
-    for scale, row in report["painted"].items():
-        line(f"all, painted, guidance {scale}", row)
+    for scale, row in report["generated"].items():
+        line(f"all, generated, guidance {scale}", row)
     for name in ("digits", "colours", "ground", "order"):
         line(f"{name}, guidance {args.cfg_scale}", chosen, name)
     print(f"captions shuffled: {report['captions_shuffled']['all']:.1%} all right")
-    print(f"nearest training digit, RMS level: {c['sample_to_train']:.3f} from painted, {c['held_out_to_train']:.3f} "
+    print(f"nearest training digit, RMS level: {c['sample_to_train']:.3f} from generated, {c['held_out_to_train']:.3f} "
           f"from real, {c['copies_to_train']:.3f} from copies; same codes as one: {c['sample_codes_in_train']:.1%}, "
           f"{c['held_out_codes_in_train']:.1%} of real")
     print(", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
@@ -296,7 +297,7 @@ def options():
         p.add_argument("--seed", type=int, default=0, help="of what is reported")
         p.add_argument("--device", default="auto", help=DEVICE_HELP)
     p = commands.choices["digits"]
-    p.add_argument("--n", type=int, default=500, help="digits to paint, classes in turn")
+    p.add_argument("--n", type=int, default=500, help="digits to generate, classes in turn")
     p.add_argument("--choose-seed", type=int, default=1, help="of the digits on which the sampling settings are chosen")
     p = commands.choices["text"]
     p.add_argument("--n", type=int, default=320, help="prompts of each kind")

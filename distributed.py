@@ -101,7 +101,7 @@ def sharded(model):
 
 
 def local(tensor):
-    """This process's piece of a sharded tensor, or the tensor."""
+    """This process's shard of a sharded tensor, or the tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -277,7 +277,7 @@ def run(vq, args, size, device):
     result = args.out / "result.json"  # written last: all is there
     if result.exists():
         remove_parts(args.out)  # a killed run may have left some
-        raise ValueError(f"{args.out} holds finished codes: remove the folder to encode anew")
+        raise ValueError(f"{args.out} holds finished codes: remove the folder to encode again")
     start, text = time.perf_counter(), args.text != "none"
     splits = load_images(args.data, size, args.val_data, text, args.bad_share)
     splits = dict(zip(("train", "val"), splits, strict=True))

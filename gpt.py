@@ -106,7 +106,7 @@ def apply_rope(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """Without bias. While `GPT.packed` lasts, it multiplies by a copy of its weight in the layout of CPU kernels."""
+    """Without bias. Inside `GPT.packed` it multiplies by a copy of its weight in the layout of CPU kernels."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -123,7 +123,7 @@ class RMSNorm(nn.Module):
         self.eps, self.dropout = config.norm_eps, config.dropout
 
     def forward(self, x, residual=None):
-        """x, or residual + dropout(x) in one pass -> its normalised form, and the sum itself."""
+        """s = x, or residual + dropout(x) in the same pass -> (the norm of s, s)."""
         if residual is None:
             return kernels.rms_norm(x, self.weight, self.eps), x
         return kernels.rms_norm(x, self.weight, self.eps, residual, self.dropout if self.training else 0.0)
@@ -137,8 +137,8 @@ class Attention(nn.Module):
         self.wo = Linear(config.dim, config.dim)
 
     def forward(self, x, cos, sin, padding=None, cache=None, position=None):
-        """Causal attention of x [B, T, C], whose keys and values go into `cache`, a pair of [B, G, S, D], if there is
-        one; or, with `position` int64 [1], of the token x [B, C] there over those in the cache. Returns x's shape.
+        """Causal attention over x [B, T, C]; fills `cache`, a pair of [B, G, S, D], if given. With `position` int64
+        [1]: one token x [B, C] at that position against the cache, which it extends. Returns x's shape.
         """
         qkv = self.wqkv(x)
         if position is not None:
@@ -183,8 +183,8 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
 
     def forward(self, x, residual, *where):
-        """h = s + attention(norm(s)); s = h + ffn(norm(h)), where each sum waits for the next norm, which makes it in
-        the same pass: x is what is still to be dropped from and added to `residual`, here and in what is returned."""
+        """h = s + attention(norm(s)); s = h + ffn(norm(h)), with each residual add left to the next norm, which fuses
+        it: x, here and in what is returned, is a branch's output still to be added, s = residual + dropout(x)."""
         x, residual = self.attention_norm(x, residual)
         x, residual = self.ffn_norm(self.attention(x, *where), residual)
         return self.feed_forward(x), residual
@@ -313,7 +313,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.weight)
 
     def set_grid(self, grid):
-        """Paint h x w codes from now on: the same weights, another rotation table."""
+        """Generate h x w codes from now on: the same weights, another rotation table."""
         self.config = replace(self.config, grid=grid)
         device = self.tok_embeddings.weight.device
         device = "cpu" if device.type == "meta" else device
@@ -328,9 +328,9 @@ class GPT(nn.Module):
         self.set_grid(self.config.grid)
 
     def see_codes(self, vectors):
-        """Know from now on what codes look like: `vectors` [V, code_dim] as the decoder reads them.
+        """Attach CodeFeatures of `vectors` [V, code_dim], the codes as the decoder reads them.
 
-        Changes no output yet. What it learnt of other vectors stays in its tables.
+        Outputs are unchanged at first; what was learnt of other vectors is merged into the weights before.
         """
         vectors = vectors.detach() * vectors.shape[1] ** 0.5
         if self.code_features and torch.equal(self.code_features.vectors, vectors):
@@ -437,8 +437,8 @@ class GPT(nn.Module):
         return self.logits(self.transform(self.embed_codes(codes), padding, cache, position))
 
     def flops_per_image(self):
-        """What one image takes in training, 2 per multiply-add, nothing counted twice: matrix products of blocks and
-        output, causal attention, and twice as much backward (PaLM, arXiv 2204.02311, appendix B)."""
+        """FLOPs of one image in training, 2 per multiply-add, without recomputation: matmuls of blocks and output and
+        causal attention forward, twice as much backward (PaLM, arXiv 2204.02311, appendix B)."""
         c, codes = self.config, self.config.grid[0] * self.config.grid[1]
         t = c.n_cond + codes - 1  # tokens in the blocks
         blocks = t * sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
@@ -450,7 +450,7 @@ class GPT(nn.Module):
 
     @contextmanager
     def packed(self, rows):
-        """On a CPU, until it ends, products with about `rows` rows use copies of the weights made for that."""
+        """On a CPU, inside this context, linear layers use copies of their weights packed for about `rows` rows."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         try:
             for linear in linears:
@@ -462,8 +462,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def fold_code_features(self):
-        """Add what code vectors contribute to the tables themselves: the same logits from the published architecture,
-        and nothing more to compute in sampling. Training on would no longer know that codes are alike."""
+        """Merge CodeFeatures into the embedding and the output weights: the same logits from the published
+        architecture, nothing more to compute in sampling. Further training would not know which codes are alike."""
         if f := self.code_features:
             self.tok_embeddings.weight += f.embed(f.vectors)
             self.output.weight += f.key(f.vectors) @ f.query.weight

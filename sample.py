@@ -1,4 +1,4 @@
-"""Paint with a trained GPT: guided sampling of codes, the tokenizer's decoder, a grid, PNGs or an npz.
+"""Sample from a trained GPT: guided sampling of codes, the tokenizer's decoder, a grid, PNGs or an npz.
 
     python sample.py --vq out/demo/vq/vq.pt --gpt out/demo/gpt/gpt.pt --cfg-scale 2 --top-k 50 --out samples.png
     python sample.py --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --grid 16x16 --classes otter,207 --n 12 --cfg-scale 4
@@ -59,8 +59,8 @@ def uniforms(seed, first_index, batch, length):
 
 def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index):
     """One sentence for everything that cannot be sampled."""
-    if grid != model.config.grid:
-        raise ValueError(f"the model paints {model.config.grid}, not {grid}: load it, or set_grid, for another grid")
+    if grid != (has := model.config.grid):
+        raise ValueError(f"the model generates {has} codes, not {grid}: load it, or set_grid, for another grid")
     if not greedy and not 0 < temperature < float("inf"):
         raise ValueError(f"temperature has to be above 0, not {temperature} (greedy=True takes the likeliest code)")
     if top_k < 0:
@@ -74,7 +74,7 @@ def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, to
     if min(seed, first_index) < 0 or max(seed, first_index + len(cond)) > 2**64:
         raise ValueError(f"seed and first_index have to be in 0..2^64-1, not {seed} and {first_index}")
     if len(cond) == 0:
-        raise ValueError("there is no condition to paint: cond is empty")
+        raise ValueError("there is no condition to sample from: cond is empty")
     null = model.config.num_classes
     if model.config.cond == "class" and not 0 <= int(cond.min()) <= int(cond.max()) <= null:
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
@@ -87,9 +87,9 @@ def side_stream(device):
 
 
 class Loop:
-    """The buffers of one kind of request and, on a GPU, its steps as CUDA graphs; kept for the next such request.
+    """Buffers and, on a GPU, CUDA graphs of the steps for requests of one shape; reused by the next such request.
 
-    Rows are the `batch` images and, while they are guided, as many unconditional ones after them. Where a step stands
+    Rows are the `batch` images and, while they are guided, their unconditional copies after them. Where a step stands
     is known to the device alone: `clock` = (position of the code that it reads, index of the code that it draws).
     """
 
@@ -112,7 +112,7 @@ class Loop:
 
     def capture(self, model, rows, pool, stream):
         """One step as a CUDA graph, after two that run as they are: libraries set themselves up in those, for each
-        stream anew (cuBLAS its workspace), so all of it is on one."""
+        stream again (cuBLAS its workspace), so all of it is on one."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -145,7 +145,7 @@ class Loop:
 
     def draw(self, logits):
         batch, rows = len(self.codes), len(logits)
-        codes = kernels.draw_codes(logits, self.noise, self.index, guided=rows > batch, **self.settings)
+        codes = kernels.sample_codes(logits, self.noise, self.index, guided=rows > batch, **self.settings)
         self.last[:rows] = codes
         self.codes.index_copy_(1, self.index, codes[:batch, None])
 
@@ -219,8 +219,8 @@ def decode(vq, codes, size=None):
     return np.concatenate(images)
 
 
-def paint_batches(vq, model, cond, n, starts=None, batch_size=64, size=None, progress=False, **settings):
-    """Paint the batches of n images that begin at `starts` (default: all); settings as for generate().
+def sample_batches(vq, model, cond, n, starts=None, batch_size=64, size=None, progress=False, **settings):
+    """Sample the batches of n images that begin at `starts` (default: all); settings as for generate().
 
     cond(indices) gives what generate() takes for images int64 [b]: (cond,) or (cond, cond_mask). Yields (start, uint8
     images [b, H, W, 3], codes int64 [b, h, w], seconds for codes, seconds for decoding). On a GPU the last batch is
@@ -242,10 +242,10 @@ def paint_batches(vq, model, cond, n, starts=None, batch_size=64, size=None, pro
         yield start, images, codes, drawn - began, time.perf_counter() - drawn
 
 
-def paint(vq, model, cond, cond_mask=None, **settings):
-    """cond as for generate() -> uint8 images [N, H, W, 3] and codes [N, h, w]; settings as for paint_batches()."""
+def sample_images(vq, model, cond, cond_mask=None, **settings):
+    """cond as for generate() -> uint8 images [N, H, W, 3] and codes [N, h, w]; settings as for sample_batches()."""
     tensors = [x.cpu() for x in (cond, cond_mask) if x is not None]
-    batches = paint_batches(vq, model, lambda index: [x[index] for x in tensors], len(cond), **settings)
+    batches = sample_batches(vq, model, lambda index: [x[index] for x in tensors], len(cond), **settings)
     _, images, codes, *_ = zip(*batches, strict=True)
     return np.concatenate(images), torch.cat(codes)
 
@@ -408,12 +408,12 @@ def read_prompts(args):
 
 
 def open_condition(args, gpt, codes, device):
-    """(classes or prompts to paint [M], what stands under the images of each, a function from indices into them to what
-    generate() takes)."""
+    """(classes or prompts to sample [M], what stands under the images of each, a function from indices into them to
+    what generate() takes)."""
     names, prompts = codes.get("class_names", []), read_prompts(args)
     if gpt.config.cond == "class":
         if prompts or args.t5:
-            raise ValueError(f"{args.gpt} paints classes: leave --text, --text-file and --t5 out")
+            raise ValueError(f"{args.gpt} is conditioned on classes: leave --text, --text-file and --t5 out")
         classes = list(range(gpt.config.num_classes))
         names = imagenet_names() if not codes and len(classes) == 1000 else names
         if args.classes:
@@ -421,7 +421,7 @@ def open_condition(args, gpt, codes, device):
         labels = torch.tensor(classes)
         return classes, [names[i] if names else i for i in classes], lambda index: (labels[index],)
     if args.classes or not prompts:
-        raise ValueError(f"{args.gpt} paints texts: give them with --text or --text-file, and no --classes")
+        raise ValueError(f"{args.gpt} is conditioned on texts: give them with --text or --text-file, and no --classes")
     reader = open_reader(gpt.config.cond, codes.get("text"), args.t5, device, args.gpt)
     want = gpt.config.text_dim if gpt.config.cond == "text" else gpt.config.text_vocab_size
     if reader.size != want:
@@ -448,9 +448,9 @@ def check_outputs(args, folder):
     if args.out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {args.out} is no name of a picture: .png, .jpg or .webp")
     if args.npz and args.npz.exists():
-        raise ValueError(f"{args.npz} is there already: remove it to sample anew")
+        raise ValueError(f"{args.npz} is there already: remove it to sample again")
     if args.folder and args.folder.is_dir() and any(args.folder.iterdir()) and not folder.exists():
-        raise ValueError(f"{args.folder} is not empty: remove it to sample anew")
+        raise ValueError(f"{args.folder} is not empty: remove it to sample again")
     for path in filter(None, (args.folder, args.out.parent, args.npz and args.npz.parent)):
         make_folder(path)
 
@@ -491,7 +491,7 @@ def run(args, device, rank, world):
     began, seconds = time.perf_counter(), np.zeros(2)  # for codes, for decoding
     todo = [start for start in starts[rank::world] if not parts.path(start).exists()]
     n = sum(min(args.batch_size, len(which) - start) for start in todo)
-    batches = paint_batches(vq, gpt, lambda i: cond(which[i]), len(which), todo, progress=rank == 0, **settings)
+    batches = sample_batches(vq, gpt, lambda i: cond(which[i]), len(which), todo, progress=rank == 0, **settings)
     for start, images, _, *spent in batches:
         for i, image in enumerate(images if args.folder else []):
             Image.fromarray(image).save(args.folder / f"{start + i:06}.png")

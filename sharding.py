@@ -1,4 +1,4 @@
-"""Sharded models: FSDP2, and their checkpoints, folders in which each process writes its pieces.
+"""Sharded models: FSDP2, and their checkpoints, folders in which each process writes its shards.
 
 Imported where it is used: what it needs of PyTorch takes a second to load.
 """
@@ -28,7 +28,7 @@ INDEX = {  # what the index of a folder may be made of, which is a pickle
 
 
 def shard(model, blocks, device, dtype):
-    """FSDP2, in place: parameters, gradients and what optimizers remember lie in pieces, one a process (ZeRO stage 3,
+    """FSDP2, in place: parameters, gradients and optimizer state are split into shards, one a process (ZeRO stage 3,
     Rajbhandari et al. 2020, arXiv 1910.02054); blocks are gathered when they are needed, in `dtype`.
 
     The rest of the model is gathered in float32, so that under autocast the arithmetic is that of one process, but for
@@ -43,7 +43,7 @@ def shard(model, blocks, device, dtype):
 
 
 def tensors(parts):
-    """{name: tensor} of models and optimizers: the tensors themselves, in pieces where they are sharded."""
+    """{name: tensor} of models and optimizers: the tensors themselves, each with its shards."""
     names, found = {p: name for name, p in parts["model"].named_parameters()}, {}
     for kind, part in parts.items():
         if isinstance(part, Module):
@@ -56,7 +56,7 @@ def tensors(parts):
 
 
 def save_shards(path, parts):
-    """Every process writes its pieces into a new folder; returns what went wrong in one of them, or None."""
+    """Every process writes its shards into a new folder; returns what went wrong in one of them, or None."""
     try:
         dcp.save(tensors(parts), storage_writer=Writer(path))
     except CheckpointException as error:
@@ -84,8 +84,8 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self):
         with open(Path(self.path) / ".metadata", "rb") as file:
             index = Index(file).load()
-        if any(Path(piece.relative_path).name != piece.relative_path for piece in index.storage_data.values()):
-            raise pickle.UnpicklingError("pieces outside of the folder")
+        if any(Path(shard.relative_path).name != shard.relative_path for shard in index.storage_data.values()):
+            raise pickle.UnpicklingError("shards outside of the folder")
         return index
 
 
@@ -94,11 +94,11 @@ def why(error):
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
     first = (str(error).strip().splitlines() or ["cut short"])[0]
-    return "a piece holds more than weights" if "Weights only" in first else first[:120]
+    return "a shard holds more than weights" if "Weights only" in first else first[:120]
 
 
 def load_shards(path, parts):
-    """Every process reads its pieces into `parts`; optimizers get the memory that the folder tells of.
+    """Every process reads its shards into `parts`; optimizers get the memory that the folder tells of.
 
     Unreadable for a damaged folder, KeyError or ValueError for what does not fit.
     """

@@ -22,7 +22,7 @@ import distributed
 import training
 from codes import CodeFile, open_tokenizer
 from gpt import GPT, PRESETS, GPTConfig
-from sample import decode, paint, release
+from sample import decode, release, sample_images
 
 SAME = ("tokenizer_sha256", "grid", "codebook_size", "class_names", "text")  # in train and val, on resuming
 
@@ -100,10 +100,10 @@ def build_model(args, codes, vq):
         trained_on = common.read_file(args.init).get("codes")  # published files do not tell
         if not same or trained_on and vocabulary(trained_on) != vocabulary(codes.meta):
             what = "captions" if text else "classes"
-            distributed.say(f"--init {args.init} was trained on other {what}: they begin anew, the rest goes on")
+            distributed.say(f"--init {args.init} was trained on other {what}: their embedding is re-initialised")
             model.set_condition(**fresh)
         elif args.cond_rope:
-            raise ValueError("--cond-rope is for conditions that begin anew, and this one goes on from the file")
+            raise ValueError("--cond-rope is for conditions that are re-initialised, and this one is the file's")
     model.config = replace(model.config, caption_loss_weight=args.caption_loss_weight)
     if args.code_features:
         model.see_codes(vq.quantize.codebook())
@@ -207,15 +207,15 @@ def train(args, device, rank, world, asked):
         return checkpoints.save_state(args, step, elapsed, parts, files, data)
 
     def picture(name):
-        painter = unsharded(best)
+        sampler = unsharded(best)
         if rank > 0:
             return
         how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
         with training.dispensable(name), training.uncompiled():
-            painter = painter if painter is best else painter.to(device)
-            images, _ = paint(vq, painter, *(x.to(device) for x in sample_cond), **how)
+            sampler = sampler if sampler is best else sampler.to(device)
+            images, _ = sample_images(vq, sampler, *(x.to(device) for x in sample_cond), **how)
             common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])
-        release(painter)  # training needs the memory
+        release(sampler)  # training needs the memory
 
     peak = training.peak_flops(device, dtype)
     means, bad_steps = training.Means(), training.BadSteps(args.max_bad_steps)

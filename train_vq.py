@@ -215,7 +215,7 @@ def train(args, device, rank, world, asked):
             moved = True
             model.quantize.restart_dead_codes(features(model, images, args, dtype))
 
-        # The tokenizer: pixels, perception, codebook, and from disc_start on the discriminator's opinion.
+        # The tokenizer: pixels, LPIPS, codebook, and from disc_start on the adversarial loss.
         adversarial = disc is not None and step >= args.disc_start
         fakes, micro = [], images.split(args.micro_batch_size)
         for i, part in enumerate(micro, 1):
@@ -243,10 +243,10 @@ def train(args, device, rank, world, asked):
         bad_steps.add(norm)
         if ema:
             training.update_ema(ema, model, args.ema, step)
-            if moved:  # an average of two places is no code
+            if moved:  # codes that jumped are not averaged across the jump
                 ema.quantize.set_codebook(model.quantize.embedding.weight)
 
-        # The discriminator, which starts earlier so that it knows something when it is first asked.
+        # The discriminator, which starts --disc-warmup steps earlier: it is trained before its loss is used.
         if disc is not None and step >= args.disc_start - args.disc_warmup:
             disc.requires_grad_(True)
             for i, (part, fake) in enumerate(zip(micro, fakes, strict=True), 1):

@@ -56,7 +56,7 @@ def add_training_options(parser, **defaults):
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl, plot and pictures")
     run.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto", "no"],
-                     help="go on from OUT/state.pt; auto: if there is one; no: begin anew, its checkpoints go")
+                     help="go on from OUT/state.pt; auto: if there is one; no: start over, its checkpoints go")
     run.add_argument("--seed", type=int, default=0, help="of weights, order of images, crops and dropout")
     run.add_argument("--device", default="auto", help=DEVICE_HELP)
     run.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
@@ -301,7 +301,7 @@ class Means:
             self.sums[name] = sums + value.where(finite, 0.0), count + finite
 
     def pop(self):
-        """{name: mean} of those that had a finite value, and start anew."""
+        """{name: mean} of those that had a finite value, and start again."""
         names, sums = list(self.sums), torch.tensor([[float(x) for x in pair] for pair in self.sums.values()])
         self.sums = {}
         return {name: float(s / n) for name, (s, n) in zip(names, total(sums.double()), strict=True) if n > 0}

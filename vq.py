@@ -73,7 +73,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        # B, 1, H*W, C in that order of memory, without which a GPU has no fused attention
+        # B, 1, H*W, C, contiguous: otherwise a GPU has no fused attention for them
         q, k, v = (f(h).flatten(2).mT.contiguous().unsqueeze(1) for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # scale C^-1/2
         return x + self.proj_out(h.squeeze(1).mT.unflatten(2, x.shape[2:]))  # B, C, H, W
@@ -201,7 +201,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def remember(self, codes):
-        """Shift the newest codes into the window; no pointer, so that nothing is read back and resuming is exact."""
+        """Append codes to the sliding window; without a write index, so nothing is read back from the GPU."""
         window = self.codebook_used
         window.copy_(torch.cat([window, codes.flatten().int()])[-len(window) :])
 

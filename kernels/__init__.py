@@ -49,7 +49,7 @@ def mode() -> str:
 
 
 def use_triton(x: torch.Tensor, why: str = "") -> bool:
-    """Whether this call on x runs as a Triton kernel; why: what the operation itself has against it.
+    """Whether this call on x runs as a Triton kernel; why: the operation's own reason not to, if it has one.
 
     In mode "triton" a call that cannot raises RuntimeError.
     """
@@ -131,12 +131,12 @@ from .decode import decode_attention  # noqa: E402
 from .linear import pack, packed_linear  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
 from .rope_attention import rope_attention  # noqa: E402
-from .sampling import draw_codes  # noqa: E402
+from .sampling import sample_codes  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
 
 __all__ = [
-    "code_usage", "decode_attention", "draw_codes", "linear_cross_entropy", "mode", "nearest_code", "pack",
-    "packed_linear", "rms_norm", "rope_attention", "swiglu", "use", "use_triton",
+    "code_usage", "decode_attention", "linear_cross_entropy", "mode", "nearest_code", "pack", "packed_linear",
+    "rms_norm", "rope_attention", "sample_codes", "swiglu", "use", "use_triton",
 ]
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

@@ -2,9 +2,9 @@
 eps) * weight.
 
 Bytes per element in training, x in bfloat16 and the stream in float32: forward 12 (read x 2 and residual 4, write s 4
-and y 2), backward 16 (read dy 2, s 4 and ds 4, write the gradient in both dtypes, 4 + 2), 12 for the last sum, which
-has no ds. In one dtype: forward 2 passes (x, y), with the residual 4; backward 3 (dy, s, dx), with ds 4. Dropout adds
-no bytes: which elements are kept follows from a seed, in the backward once more.
+and y 2), backward 16 (read dy 2, s 4 and ds 4, write the gradient in both dtypes, 4 + 2), 12 at the final norm, which
+has no ds. In one dtype, tensors moved: forward 2 (x, y), 4 with the residual; backward 3 (dy, s, dx), 4 with ds.
+Dropout adds no bytes: which elements are kept follows from a seed, in the backward once more.
 FLOPs: about 4 forward and 10 backward per element, and 20 to 30 instructions for dropout: bound by memory.
 Statistics are float32 and the cast to the input dtype comes before the weight, as the published weights expect.
 The sum has the residual's dtype, whatever the branch x was computed in: a float32 stream under autocast stays float32

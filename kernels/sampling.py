@@ -62,7 +62,7 @@ def _masses(x, top, inverse, bottom=None):
     return w if bottom is None else w.mul_(torch.ge(x, bottom, out=torch.empty_like(x)))
 
 
-def draw_codes_ref(
+def sample_codes_ref(
     logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False
 ):
     x, V, bottom = logits.float(), logits.shape[1], None
@@ -127,7 +127,7 @@ def _invert(mass, u, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _draw_codes_kernel(
+def _sample_codes_kernel(
     logits_ptr, noise_ptr, index_ptr, code_ptr, stride_lb, stride_nb, B, L, V, cfg_scale, inverse, top_k, top_p,
     UNIT: tl.constexpr, LARGEST: tl.constexpr, GUIDED: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -167,12 +167,12 @@ def launch_config(V):
     return dict(config, UNIT=_unit(V), LARGEST=LARGEST, enable_fp_fusion=False)
 
 
-def _draw_codes_triton(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided):
+def _sample_codes_triton(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided):
     logits, (R, V), inverse = rows_of(logits), logits.shape, 1.0 if greedy else _inverse(temperature)
     codes, B = torch.empty(R, dtype=torch.int64, device=logits.device), R // 2 if guided else R
     noise, index = (logits, codes) if greedy else (rows_of(noise), index)  # greedy: neither is read
     with on_device(logits):
-        _draw_codes_kernel[B,](
+        _sample_codes_kernel[B,](
             logits, noise, index, codes, logits.stride(0), noise.stride(0), B, noise.shape[1], V, cfg_scale, inverse,
             top_k, top_p, GUIDED=guided, GREEDY=greedy, TOP_K=not greedy and 0 < top_k < V,
             TOP_P=not greedy and top_p < 1, **launch_config(V),
@@ -180,23 +180,23 @@ def _draw_codes_triton(logits, noise, index, cfg_scale, temperature, top_k, top_
     return codes
 
 
-@torch.library.custom_op("nanollamagen::draw_codes", mutates_args=())
-def _draw_codes(
+@torch.library.custom_op("nanollamagen::sample_codes", mutates_args=())
+def _sample_codes(
     logits: torch.Tensor, noise: torch.Tensor | None, index: torch.Tensor | None, cfg_scale: float, temperature: float,
     top_k: int, top_p: float, greedy: bool, guided: bool, use_kernel: bool,
 ) -> torch.Tensor:
     if not len(logits):
         return logits.new_empty(0, dtype=torch.int64)
-    draw = _draw_codes_triton if use_kernel else draw_codes_ref
+    draw = _sample_codes_triton if use_kernel else sample_codes_ref
     return draw(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided)
 
 
-@_draw_codes.register_fake
+@_sample_codes.register_fake
 def _(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided, use_kernel):
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def draw_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False):
+def sample_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False):
     """Draw a code per image: top-k, then top-p, then the cumulative distribution of what they keep inverted at u.
 
     logits [R, V] float32, bfloat16 or float16; noise [B, L] float in [0, 1), whose column index, int64 [1] on the same
@@ -211,21 +211,21 @@ def draw_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, to
     """
     if logits.dim() != 2 or not logits.shape[1] or (guided and logits.shape[0] % 2):
         rows = "[2 B, V]" if guided else "[B, V]"
-        raise ValueError(f"draw_codes needs logits {rows}, V above 0, got {(*logits.shape,)}")
+        raise ValueError(f"sample_codes needs logits {rows}, V above 0, got {(*logits.shape,)}")
     (R, V), B = logits.shape, logits.shape[0] // (2 if guided else 1)
     if not greedy and (noise.dim() != 2 or len(noise) != B or not noise.shape[1] or index.shape != (1,)):
         got = f"{(*noise.shape,)} and {(*index.shape,)}"
-        raise ValueError(f"draw_codes needs noise [{B}, L] and index [1] for logits [{R}, {V}], got {got}")
+        raise ValueError(f"sample_codes needs noise [{B}, L] and index [1] for logits [{R}, {V}], got {got}")
     if not greedy and not 0 < temperature < math.inf:
-        raise ValueError(f"draw_codes: temperature has to be above 0, not {temperature}")
+        raise ValueError(f"sample_codes: temperature has to be above 0, not {temperature}")
     if top_k < 0:
-        raise ValueError(f"draw_codes: top_k has to be 0 (all codes) or more, not {top_k}")
+        raise ValueError(f"sample_codes: top_k has to be 0 (all codes) or more, not {top_k}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"draw_codes: top_p has to be in (0, 1], not {top_p}")
+        raise ValueError(f"sample_codes: top_p has to be in (0, 1], not {top_p}")
     why = "" if V <= MAX_CODES else f"rows of {V} codes are wider than {MAX_CODES}"
     noise, index = (None, None) if greedy else (noise, index)
     args = logits.detach(), noise, index, float(cfg_scale), float(temperature), int(top_k), float(top_p), greedy, guided
     kernel = use_triton(logits, why)
     if not kernel and R and not torch.compiler.is_compiling():  # without the 50 us that an operator takes on a CPU
-        return draw_codes_ref(*args)
-    return _draw_codes(*args, kernel)
+        return sample_codes_ref(*args)
+    return _sample_codes(*args, kernel)

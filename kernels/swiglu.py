@@ -1,6 +1,6 @@
 """SwiGLU: y = silu(gate) * up, both halves read from one fused projection x = [gate | up].
 
-Bytes: forward reads 2H and writes H per token, backward reads 3H and writes 2H (silu is recomputed, only x is kept).
+Elements per token: forward reads 2H and writes H, backward reads 3H and writes 2H (only x is kept, silu is recomputed).
 FLOPs: about 5 per output forward, 12 backward, one exp2 each: bound by memory on every GPU.
 The gradient does not overwrite x: a second backward (retain_graph) or a CUDA graph would read it again.
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).

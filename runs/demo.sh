@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to painted digits: tokenizer, codes, GPT, samples and their scores in out/demo.
+# From nothing to generated digits: tokenizer, codes, GPT, samples and their scores in out/demo.
 # One CPU core: about 4 minutes. PYTHON names the interpreter; VQ_OPTIONS,
 # GPT_OPTIONS and DEMO_OPTIONS are words more for these scripts.
 set -euo pipefail

@@ -37,7 +37,7 @@ codebook, rms_norm_file, swiglu_file, rope_file, decode_file, sampling_file, los
 )
 FILES = {
     "nearest_code": codebook, "rms_norm": rms_norm_file, "dropout + residual + rms_norm": rms_norm_file,
-    "swiglu": swiglu_file, "rope_attention": rope_file, "decode_attention": decode_file, "draw_codes": sampling_file,
+    "swiglu": swiglu_file, "rope_attention": rope_file, "decode_attention": decode_file, "sample_codes": sampling_file,
     "linear_cross_entropy": loss_file,
 }
 TESTS = ("kernels", "rope_attention", "decode", "sampling", "cross_entropy")  # that run on a GPU where there is one
@@ -63,7 +63,7 @@ class Sizes:
         (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
         (256, 256, 128, 16, 64),
     )
-    drawing: tuple = ((8, 16384), (128, 16384))
+    sampling: tuple = ((8, 16384), (128, 16384))
     loss: tuple = (1024, 16384)
 
 
@@ -318,7 +318,7 @@ def decode_cases(sizes):
         )
 
 
-def drawing_cases(sizes):
+def sampling_cases(sizes):
     """Guided rows of logits against topk, a sort and a multinomial draw, LlamaGen's way; bound by latency."""
 
     def sorted_draw(logits, noise, index, top_p):
@@ -332,7 +332,7 @@ def drawing_cases(sizes):
         p = x.softmax(-1)
         return (p / torch.empty_like(p).exponential_(1)).argmax(-1).repeat(2)  # multinomial, without its checks
 
-    for B, V in sizes.drawing:
+    for B, V in sizes.sampling:
         for top_p, latency in ((1.0, 6e-3), (0.9, 11e-3)):
 
             def make(B=B, V=V):
@@ -345,8 +345,8 @@ def drawing_cases(sizes):
                 )
 
             yield Case(
-                "draw_codes", f"{2 * B}x{V} top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
-                with_settings(kernels.draw_codes), with_settings(sampling_file.draw_codes_ref),
+                "sample_codes", f"{2 * B}x{V} top-k" + " top-p" * (top_p < 1), "bfloat16", "fwd", make,
+                with_settings(kernels.sample_codes), with_settings(sampling_file.sample_codes_ref),
                 functools.partial(sorted_draw, top_p=top_p), 4 * B * V, latency_ms=latency, captured=True,
             )
 
@@ -380,7 +380,7 @@ def loss_cases(sizes):
 
 def cases(sizes=None):
     """All of them, those of the README's table first."""
-    families = (search_cases, rms_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases, loss_cases)
+    families = (search_cases, rms_cases, swiglu_cases, attention_cases, decode_cases, sampling_cases, loss_cases)
     found = [case for family in families for case in family(sizes or Sizes())]
     return sorted(found, key=lambda case: not case.shown)
 
@@ -412,8 +412,8 @@ README = (
      {"attention fwd D=64": 255, "attention (dq|dkv) D=64": 218}),
     ("decoding: 16 rows of GPT-L, rotation, cache write and attention over 256 keys; heads of 64 / 100", "memory",
      [("decode_attention", "16x255/256x16x64", "fwd")], {"decode D=64 bfloat16": 80, "decode D=100 bfloat16": 122}),
-    ("drawing: guidance, top-k, top-p and the draw, rows of 16,384", "latency",
-     [("draw_codes", "16x16384 top-k top-p", "fwd")], {"draw V=16384 bfloat16 guided top-k top-p": 124}),
+    ("sampling: guidance, top-k, top-p and the draw, rows of 16,384", "latency",
+     [("sample_codes", "16x16384 top-k top-p", "fwd")], {"draw V=16384 bfloat16 guided top-k top-p": 124}),
     ("output product and cross-entropy in chunks, 65,536 x 1,024 x 16,384, both ways", "tensor cores",
      [("linear_cross_entropy", "65536x1024x16384", "fwd+bwd")], {r"loss V=16384 bfloat16 \+ gradient": 59}),
 )
@@ -439,7 +439,7 @@ def check(case, inputs, upstream):
         true = (z @ codes.t() - (0 if case.search[3] else codes.square().sum(1) / 2)).argmax(1)
         assert torch.equal(got[:4096], true), f"{(got[:4096] != true).sum()} of 4096 differ from float64"
         return 0.0
-    if case.op == "draw_codes":  # exp rounds otherwise in PyTorch: a draw at the edge of two codes may differ
+    if case.op == "sample_codes":  # exp rounds otherwise in PyTorch: a draw at the edge of two codes may differ
         same = (got == case.eager(*inputs)).float().mean().item()
         assert same > 0.99, f"{same:.2%} of the codes are those of the PyTorch path"
         return 0.0
@@ -555,7 +555,7 @@ VARIANTS = (
     ("rope_attention", "dkv", dict(num_stages=1)),
     ("decode_attention", "", dict(BLOCK_N=32)),
     ("decode_attention", "", dict(BLOCK_N=128, num_warps=8)),
-    ("draw_codes", "", dict(num_warps=8)),
+    ("sample_codes", "", dict(num_warps=8)),
     ("linear_cross_entropy", "", dict(num_warps=4)),
     ("linear_cross_entropy", "", dict(CHUNK=2**28)),
 )

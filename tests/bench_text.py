@@ -121,7 +121,7 @@ def main():
              folder, "--seed", args.seed)
         reports[name] = json.loads((folder / "report.json").read_text())
     table = {name: dict(gpt_seconds=report["seconds"]["gpt"],
-                        **{split: row["all"] for split, row in report["painted"]["2.0"].items()})
+                        **{split: row["all"] for split, row in report["generated"]["2.0"].items()})
              for name, report in reports.items()}
     (args.out / "text.json").write_text(json.dumps(table, indent=1))
     for name, row in table.items():

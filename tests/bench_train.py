@@ -274,8 +274,8 @@ def demo(args):
     size, seconds = (32, 60) if args.dry_run else (128, 60 * args.emoji_minutes + 30)
     plan = [(dict(demo="digits 32x32"), 30 if short else 120, functools.partial(digits, out, steps))]
     if not args.quick:
-        paint = functools.partial(emoji, out, args.emoji_minutes, steps, size)
-        plan.append((dict(demo=f"emoji {size}x{size}"), seconds, paint))
+        train = functools.partial(emoji, out, args.emoji_minutes, steps, size)
+        plan.append((dict(demo=f"emoji {size}x{size}"), seconds, train))
     return int(run.measure(plan, ("demo", "seconds", "psnr", "val_loss", "sample_accuracy", "skipped"), plan))
 
 

@@ -147,7 +147,7 @@ def test_the_gpu_waits_until_a_call_is_issued(monkeypatch):
 def test_a_rival_that_fails_costs_its_figure_only(monkeypatch, capsys):
     """The row names it."""
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
-    case = next(bench_kernels.drawing_cases(bench_kernels.TINY))
+    case = next(bench_kernels.sampling_cases(bench_kernels.TINY))
     row = bench_kernels.measure(dataclasses.replace(case, library=lambda *_: 1 / 0), benchmark.Ceilings())
     assert row["failed"] == "library" and row["library_ms"] is None and row["compile_ms"] and row["ours_ms"]
     assert "library: ZeroDivisionError" in capsys.readouterr().out

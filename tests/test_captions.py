@@ -28,7 +28,7 @@ from command_line import cli
 from common import save_file
 from data import eval_batches, load_images, read_jsonl
 from gpt import rope_table
-from sample import generate, paint, read_captions
+from sample import generate, read_captions, sample_images
 from t5 import T5Config, T5Encoder, clean_caption
 from vq import VQConfig, VQModel
 
@@ -442,7 +442,7 @@ def test_features_are_those_of_the_encoder(made, tmp_path):
         encode.check_options(SimpleNamespace(text="t5", crops="ten", **none))
 
 
-def paint_by_command(monkeypatch, made, kind, *more):
+def sample_by_command(monkeypatch, made, kind, *more):
     """The first two pictures of the grid."""
     run(monkeypatch, sample, "--vq", made / "vq.pt", "--gpt", made / f"gpt_{kind}" / "gpt.pt", "--out",
         made / "grid.png", "--cfg-scale", 9, *more)
@@ -451,7 +451,7 @@ def paint_by_command(monkeypatch, made, kind, *more):
 
 
 @pytest.mark.parametrize("kind", ["tokens", "t5"])
-def test_prompts_are_painted(kind, made, monkeypatch):
+def test_prompts_are_sampled(kind, made, monkeypatch):
     content = torch.load(made / f"gpt_{kind}" / "gpt.pt", weights_only=True)
     for p in content["model"].values():  # three steps have not taught it to mind what it reads
         p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * p.shape[-1] ** -0.5)
@@ -465,18 +465,21 @@ def test_prompts_are_painted(kind, made, monkeypatch):
         assert CodeFile(made / "again" / "train").captions.model == path.read_bytes()
     else:
         assert codes["text"]["t5"] == f"{made / 't5'}" and "text_model" not in content
-    first, other = (paint(vq, gpt, *read_captions(gpt, reader, p), cfg_scale=9)[0] for p in (PROMPTS, PROMPTS[::-1]))
+    conds = [read_captions(gpt, reader, prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+    first, other = (sample_images(vq, gpt, *cond, cfg_scale=9)[0] for cond in conds)
     assert not np.array_equal(first, other) and gpt.code_features is None  # folded
     for n in (0, 1):
         (made / f"{n}.txt").write_text("\n".join(PROMPTS[n:]), encoding="utf-8-sig")
     twice, t5 = ["--text", PROMPTS[0], "--text", PROMPTS[1]], ["--t5", made / "t5"] if kind == "t5" else []
     for more in (twice, ["--text-file", made / "0.txt"], [*t5, *twice[:2], "--text-file", made / "1.txt"]):
-        assert np.array_equal(paint_by_command(monkeypatch, made, kind, *more), first)
+        assert np.array_equal(sample_by_command(monkeypatch, made, kind, *more), first)
 
 
 REFUSED = [
-    ("class", ["--text", "cat"], "paints classes: leave --text"), ("tokens", [], "paints texts: give them with --text"),
-    ("tokens", ["--classes", "0", "--text", "cat"], "paints texts: .* and no --classes"), ("t5", [], "paints texts"),
+    ("class", ["--text", "cat"], "conditioned on classes: leave --text"),
+    ("tokens", [], "conditioned on texts: give them with --text"),
+    ("tokens", ["--classes", "0", "--text", "cat"], "conditioned on texts: .* and no --classes"),
+    ("t5", [], "conditioned on texts"),
     ("tokens", ["--text", "cat", "--t5", "t5"], "reads captions by a tokenizer of its own: leave --t5 out"),
     ("t2i", ["--text", "cat", "--grid", "2x3"], "reads features of FLAN-T5-XL: give its folder with --t5"),
     ("t5", ["--text", "cat", "--t5", "wide"], "reads 48 channels a token, wide gives 64"),
@@ -492,11 +495,11 @@ def test_requests_that_do_not_fit_the_model_are_refused(kind, options, message, 
         save_file(made / f"gpt_{name}" / "gpt.pt", dict(model=model.state_dict()) if how else model.checkpoint())
     monkeypatch.chdir(made)
     with pytest.raises(SystemExit) as stopped:
-        cli(lambda: paint_by_command(monkeypatch, made, kind, *options))
+        cli(lambda: sample_by_command(monkeypatch, made, kind, *options))
     (error,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and re.match(f"sample.py: error: .*{message}", error)
     if kind == "t2i":  # the published format, with its encoder
-        assert len(paint_by_command(monkeypatch, made, kind, *options, "--text", "dog", "--t5", "t5")) == 2
+        assert len(sample_by_command(monkeypatch, made, kind, *options, "--text", "dog", "--t5", "t5")) == 2
 
 
 @pytest.mark.parametrize("kind", ["tokens", "t5"])
@@ -539,7 +542,7 @@ def test_init_goes_on_with_another_condition_or_grid(to, start, fresh, rope, mad
     assert torch.equal(model.cos, rope_table(model.config, (2, 3))[0]) and len(model.cos) == model.config.n_cond + 6
     assert all(abs(p.std() - 0.02) < 0.003 for p in model.cls_embedding.parameters() if fresh and p.shape[0] > 9)
     if not fresh:
-        with pytest.raises(ValueError, match="--cond-rope is for conditions that begin anew"):
+        with pytest.raises(ValueError, match="--cond-rope is for conditions that are re-initialised"):
             go_on(made, codes, small_gpt(**start), cond_rope="identity")
 
 

@@ -68,7 +68,7 @@ class FakeDriver:
 
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
-    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, drawing_cases,
+    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, sampling_cases,
                    loss_cases):
         yield from family(target)
 
@@ -179,7 +179,7 @@ def decode_cases(target):
         yield f"add parts D={D}", file._add_parts_kernel, (f32, f32, f32, bf16), constants, 4 * D / 32, 1
 
 
-def drawing_cases(target):
+def sampling_cases(target):
     """A row of logits by every setting that compiles anew; on sm_90 in float32 and at small models' widths too."""
     file = importlib.import_module("kernels.sampling")
     runs = [(CODES, "bfloat16", True, *kept) for kept in ((False, False), (True, False), (True, True))]
@@ -189,10 +189,10 @@ def drawing_cases(target):
         args = (x, "float32", "int64", "int64", V, 576, 64, 576, V, 2.0, 1.25, 2000, 0.9)
         config = dict(file.launch_config(V), GUIDED=guided, GREEDY=False, TOP_K=top_k, TOP_P=top_p)
         kind = " guided" * guided + " top-k" * top_k + " top-p" * top_p
-        yield f"draw V={V} {x}{kind}", file._draw_codes_kernel, args, config, V / threads(config, target), 1
+        yield f"draw V={V} {x}{kind}", file._sample_codes_kernel, args, config, V / threads(config, target), 1
     config = dict(file.launch_config(CODES), GUIDED=True, GREEDY=True, TOP_K=False, TOP_P=False)
     args = ("bfloat16", "bfloat16", "int64", "int64", CODES, CODES, 64, CODES, CODES, 2.0, 1.0, 0, 1.0)
-    yield "draw greedy", file._draw_codes_kernel, args, config, CODES / threads(config, target), 1
+    yield "draw greedy", file._sample_codes_kernel, args, config, CODES / threads(config, target), 1
 
 
 def loss_cases(target):

@@ -121,7 +121,7 @@ def test_generate(kind, settings, launched, monkeypatch):
     model, cond = make_gpt(kind)
     drawn = sample.generate(model, *cond, **settings, cfg_scale=2.0, cfg_stop=2)
     assert drawn.is_meta and drawn.shape == (2, 2, 2)
-    check_launched(launched, "_decode_attention_kernel", "_draw_codes_kernel")
+    check_launched(launched, "_decode_attention_kernel", "_sample_codes_kernel")
 
 
 def test_vq(launched):

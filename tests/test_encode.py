@@ -136,7 +136,7 @@ def test_what_was_interrupted_goes_on(pictures, whole, tmp_path, monkeypatch, ca
     (out / "train.parts" / "00003" / "meta.json").unlink()
     assert two(pictures, out, part=2) == [0, 0] and files(out) == whole
     seen = watched(monkeypatch)
-    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode anew"):
+    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode again"):
         run(pictures, out)
     assert not seen and files(out) == whole
 
@@ -206,7 +206,7 @@ def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", rmtree)
         run(pictures, out)
     assert (out / "train.parts").is_dir()
-    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode anew"):
+    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode again"):
         run(pictures, out)
     assert files(out) == whole
 

@@ -41,7 +41,7 @@ LLAMA = dict(n_layer=1, n_head=2, dim=16, ffn_dim=24, vocab_size=32, num_classes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the README's table speaks of."""
+    """What the table of docs/errors.md speaks of."""
     folder = tmp_path_factory.mktemp("files")
     save_file(folder / "vq.pt", VQModel(VQConfig(**VQ)).checkpoint())
     meta = dict(tokenizer="vq.pt", tokenizer_sha256=file_sha256(folder / "vq.pt"), image_size=[8, 12], notice="",
@@ -74,11 +74,12 @@ def sentence(command, monkeypatch, capsys):
 
 
 README = (ROOT / "README.md").read_text()
-TABLE = re.findall(r"^\| `(\w+\.py [^`]+)` \| (.+) \|$", README.split("## Error messages")[1], re.MULTILINE)
+ERRORS = (ROOT / "docs" / "errors.md").read_text()
+TABLE = re.findall(r"^\| `(\w+\.py [^`]+)` \| (.+) \|$", ERRORS, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command, says", TABLE, ids=[command for command, _ in TABLE])
-def test_the_table_of_the_readme(command, says, folder, monkeypatch, capsys):
+def test_the_table_of_error_messages(command, says, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     gpus = "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
     assert sentence(command, monkeypatch, capsys) == says.replace("this machine has cpu", f"this machine has cpu{gpus}")
@@ -220,6 +221,17 @@ def test_hub(folder, tmp_path, monkeypatch, capsys):
     command = "evaluate.py likelihood --gpt c2i_B_256.pt --codes codes/val"
     assert "pip install huggingface_hub" in sentence(f"{command} --hub", monkeypatch, capsys)
     assert "c2i_B_256.pt is not there: LlamaGen's file" in sentence(command, monkeypatch, capsys)
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch):
+    """On small models in files of those names."""
+    lines = README.split("From Python:\n\n")[1].split("\n\n##")[0].splitlines()
+    save_file(tmp_path / "vq_ds16_c2i.pt", VQModel(VQConfig(**VQ)).checkpoint())
+    save_file(tmp_path / "c2i_B_256.pt", GPT(GPTConfig(**LLAMA | dict(num_classes=1000))).checkpoint())
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.removeprefix("    ") for line in lines), names := {})
+    assert names["codes"].shape == (2, 16, 16) and names["images"].shape == (2, 64, 64, 3)
+    assert names["images"].dtype == "uint8"
 
 
 def test_how_it_works_names_what_is_there():

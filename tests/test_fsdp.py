@@ -1,4 +1,4 @@
-"""Sharded training: two processes against one, checkpoints in pieces, and what may happen to them."""
+"""Sharded training: two processes against one, checkpoints in shards, and what may happen to them."""
 
 import io
 import math
@@ -67,12 +67,12 @@ def test_two_sharded_processes_train_what_one_does(kind, codes, tmp_path):
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert series(rows(two), name) == pytest.approx(series(rows(one), name), rel=1e-5)
     torch.testing.assert_close(weights(one), weights(two), atol=1e-4, rtol=0)
-    pieces = [path.stat().st_size for path in (two / "state.pt").glob("*.distcp")]
-    assert len(pieces) == 2 and min(pieces) > 0.8 * max(pieces) and (one / "state.pt").is_file()
+    shards = [path.stat().st_size for path in (two / "state.pt").glob("*.distcp")]
+    assert len(shards) == 2 and min(shards) > 0.8 * max(shards) and (one / "state.pt").is_file()
 
 
 def test_muon_and_bfloat16_are_near(codes, tmp_path):
-    """Sums of bfloat16 products are rounded in pieces: near, not equal."""
+    """Sums of bfloat16 products are rounded in shards: near, not equal."""
     for more in (("--optimizer", "muon"), ("--dtype", "bfloat16")):
         one, two = tmp_path / more[1], tmp_path / f"{more[1]}2"
         children = [start_gpt(out, codes, *BARE, *more, "--max-steps", 8, *FSDP[3:], *fsdp, world=2)
@@ -164,14 +164,14 @@ def bytes_for_a_tensor(index):
     index.state_dict_metadata["model.norm.weight"] = metadata.BytesStorageMetadata()
 
 
-def a_piece_elsewhere(index):
+def a_shard_elsewhere(index):
     """An absolute path, of a file that could be read."""
     first = next(iter(index.storage_data.values()))
     first.relative_path = os.path.abspath(first.relative_path)
 
 
 MISPLACED = " has no place in an index"
-DAMAGE = {  # as the README lists it
+DAMAGE = {  # as docs/errors.md lists it
     "no index": (lambda path: (path / ".metadata").unlink(), ".metadata: No such file or directory"),
     "an empty index": (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
     "half an index": (lambda path: os.truncate(path / ".metadata", 500), "pickle data was truncated"),
@@ -181,11 +181,11 @@ DAMAGE = {  # as the README lists it
                     f"posix.mkdir{MISPLACED}"),
     "bytes": (lambda path: rewrite(path, bytes_for_a_tensor),
               f"torch.distributed.checkpoint.metadata.BytesStorageMetadata{MISPLACED}"),
-    "elsewhere": (lambda path: rewrite(path, a_piece_elsewhere), "pieces outside of the folder"),
-    "a piece missing": (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file or directory"),
-    "half a piece": (lambda path: os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2),
+    "elsewhere": (lambda path: rewrite(path, a_shard_elsewhere), "shards outside of the folder"),
+    "a shard missing": (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file or directory"),
+    "half a shard": (lambda path: os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2),
                      ""),
-    "a piece with code": (lambda path: traps(path / "__1_0.distcp"), "a piece holds more than weights"),
+    "a shard with code": (lambda path: traps(path / "__1_0.distcp"), "a shard holds more than weights"),
     "no rest": (lambda path: os.truncate(path / "rest.pt", 0), ""),
 }
 
@@ -198,7 +198,7 @@ def traps(path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_pieces_leave_those_before(name, twice, codes, tmp_path, monkeypatch, caplog, capsys):
+def test_damaged_shards_leave_those_before(name, twice, codes, tmp_path, monkeypatch, caplog, capsys):
     """Read by one process, unsharded: the same code, which would see a trap go off."""
     out = tmp_path / "run"
     checkpoints.shutil.copytree(twice, out)
@@ -211,7 +211,7 @@ def test_damaged_pieces_leave_those_before(name, twice, codes, tmp_path, monkeyp
     assert f"{out / 'state.pt'}" in caplog.text and f"going on from {out / 'state.pt.previous'}" in caplog.text
     assert f"not a readable checkpoint ({reason}" in caplog.text
     assert " " not in name or not reason or (
-        f"| {name} | not a readable checkpoint ({reason}) |" in test_training.README)
+        f"| {name} | not a readable checkpoint ({reason}) |" in test_training.ERRORS)
     assert load(out / "state.pt")["step"] == 5
     for path in (out / "state.pt", out / "state.pt.previous"):
         checkpoints.remove(path)
@@ -279,7 +279,7 @@ def fill_the_disk(folder):
 
 
 @pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
-def test_a_full_disk_leaves_the_last_pieces(disk, codes, tmp_path):
+def test_a_full_disk_leaves_the_last_shards(disk, codes, tmp_path):
     out, options = disk[0] / "run", (*FSDP, "--max-steps", 6, "--save-every", 1, "--keep-every", 2)
     assert finish(start_gpt(out, codes, *options, world=2, before=partial(fill_the_disk, disk[0]))) == [0, 0]
     said = (disk[0] / "run.0").read_text()
@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_last_pieces(disk, codes, tmp_path):
 
 
 def one_cannot_write(rank, number):
-    """Process `rank` has no room: the second one for its pieces number `number`, the first one for that file."""
+    """Process `rank` has no room: the second one for its shards number `number`, the first one for that file."""
     owner, name = (sharding.Writer, "write_data") if rank else (checkpoints, "save_file")
     write, calls = getattr(owner, name), []
 
@@ -330,8 +330,8 @@ def bad_sharded_step():
                     norms.append(poisoned(model, optimizers, seed, x))
                 else:
                     norms.append(step(model, optimizers, 2 * seed + rank))
-                pieces = sharding.tensors({"model": model, **optimizers})
-                states.append({name: distributed.whole(x).clone() for name, x in pieces.items()})
+                shards = sharding.tensors({"model": model, **optimizers})
+                states.append({name: distributed.whole(x).clone() for name, x in shards.items()})
             found[bad, muon] = states, norms
     with open(f"{sys.argv[sys.argv.index('--out') + 1]}.{rank}.pickle", "wb") as file:
         pickle.dump(found, file)
@@ -342,7 +342,7 @@ def poisoned(model, optimizers, seed, x):
     return training.update(model, optimizers, 1e-2, 1.0)
 
 
-def test_a_bad_step_of_one_changes_no_piece(tmp_path):
+def test_a_bad_step_of_one_changes_no_shard(tmp_path):
     assert finish(start(bad_sharded_step, tmp_path / "x", world=2)) == [0, 0]
     first, second = (pickle.loads((tmp_path / f"x.{rank}.pickle").read_bytes()) for rank in range(2))
     assert len(first) == 4

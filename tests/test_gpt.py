@@ -427,7 +427,7 @@ def test_rotation_stays_float32_in_bfloat16_models():
 
 
 @torch.no_grad()
-def test_a_published_text_model_paints_what_float64_says(tmp_path):
+def test_a_published_text_model_generates_what_float64_says(tmp_path):
     """A t2i file written from the published names alone; guided greedy codes under left padding."""
     generator = torch.Generator().manual_seed(0)
     block = {"attention.wqkv": (2304, 768), "attention.wo": (768, 768), "feed_forward.w1": (64, 768),

@@ -16,7 +16,7 @@ import sample
 from command_line import cli
 from common import file_sha256, save_file
 from gpt import GPT, PRESETS, GPTConfig
-from sample import LOOPS, generate, paint, parse_classes, release, uniforms
+from sample import LOOPS, generate, parse_classes, release, sample_images, uniforms
 from vq import VQConfig, VQModel
 
 
@@ -122,7 +122,7 @@ def test_images_do_not_depend_on_their_neighbours(scale):
     assert not torch.equal(codes[0], codes[3])  # the same class, another index
     assert not torch.equal(codes, generate(model, cond, **settings | dict(seed=5)))
     vq = small_vq()
-    images, all_codes = paint(vq, model, cond, batch_size=2, **settings)
+    images, all_codes = sample_images(vq, model, cond, batch_size=2, **settings)
     assert torch.equal(all_codes, codes) and images.shape == (5, 4, 8, 3) and images.dtype == np.uint8
     expected = (127.5 * vq.decode(codes) + 128).clamp(0, 255)
     assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
@@ -179,7 +179,8 @@ def test_greedy():
     (dict(seed=-1), "seed and first_index"), (dict(first_index=2**64), "seed and first_index"),
     (dict(top_p=float("nan")), "top_p"), (dict(cfg_stop=-2), "cfg_stop has to be -1"),
     (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(cfg_scale=float("inf")), "cfg_scale"),
-    (dict(grid=(4, 2)), r"paints \(2, 4\), not \(4, 2\)"), (dict(cond=torch.tensor([0, 4])), "labels .* in 0..3"),
+    (dict(grid=(4, 2)), r"generates \(2, 4\) codes, not \(4, 2\)"),
+    (dict(cond=torch.tensor([0, 4])), "labels .* in 0..3"),
     (dict(cond=torch.tensor([-1])), "labels have to be"), (dict(cond=torch.ones(0, dtype=torch.long)), "no condition"),
 ], ids=str)
 def test_requests_that_cannot_be_are_refused(settings, message):
@@ -229,7 +230,7 @@ def test_autocast_around_it_changes_nothing():
     assert torch.equal(codes, generate(model, cond, seed=1))
 
 
-def test_the_null_class_can_be_painted():
+def test_the_null_class_can_be_sampled():
     model = small_gpt()
     codes = generate(model, torch.tensor([3]), cfg_scale=4.0, greedy=True)
     assert torch.equal(codes, direct_greedy(model, torch.tensor([3]), None, 1.0, 0))
@@ -275,7 +276,7 @@ def run(monkeypatch, *options):
 
 
 def tile(path, column, row, h=96, w=192, text=16):
-    """One picture of a sheet of 4 x 8 pixels at 24 (or 12) times their size, as it was painted."""
+    """One picture of a sheet of 4 x 8 pixels at 24 (or 12) times their size, as it was generated."""
     x, y = 4 + column * (w + 4), 4 + row * (h + text + 4)
     return np.asarray(Image.open(path).crop((x, y, x + w, y + h)).resize((8, 4), Image.NEAREST))
 
@@ -285,11 +286,11 @@ def test_command_writes_a_labelled_grid(files, monkeypatch, capsys):
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--n", 6, "--out", out, *settings)
     assert "6 images, " in capsys.readouterr().out and Image.open(out).size == (2 * 100 + 4, 3 * 68 + 4)
     vq, gpt = VQModel.from_pretrained(files / "vq.pt"), GPT.from_pretrained(files / "gpt.pt")
-    images, _ = paint(vq, gpt, torch.tensor([0, 0, 1, 1, 2, 2]), cfg_scale=3.0, top_k=5, seed=2)
+    images, _ = sample_images(vq, gpt, torch.tensor([0, 0, 1, 1, 2, 2]), cfg_scale=3.0, top_k=5, seed=2)
     for i in range(6):
         np.testing.assert_array_equal(tile(out, i % 2, i // 2, 48, 96), images[i])
     run(monkeypatch, "--vq", files / "vq.pt", "--gpt", files / "gpt.pt", "--classes", "cow,0", "--greedy", "--out", out)
-    images, _ = paint(vq, gpt, torch.tensor([2, 0]), cfg_scale=2.0, greedy=True)
+    images, _ = sample_images(vq, gpt, torch.tensor([2, 0]), cfg_scale=2.0, greedy=True)
     for i in range(2):
         np.testing.assert_array_equal(tile(out, i, 0, 48, 96), images[i])
 
@@ -338,7 +339,7 @@ def test_npz_and_folder(files, monkeypatch):
     assert images.shape == (11, 4, 8, 3) and images.dtype == np.uint8
     assert sorted(np.bincount(labels)) == [3, 4, 4] and (np.diff(labels) < 0).any()  # balanced, shuffled
     vq, gpt = VQModel.from_pretrained(files / "vq.pt"), GPT.from_pretrained(files / "gpt.pt")
-    np.testing.assert_array_equal(images, paint(vq, gpt, torch.from_numpy(labels), cfg_scale=2.0, top_k=9)[0])
+    np.testing.assert_array_equal(images, sample_images(vq, gpt, torch.from_numpy(labels), cfg_scale=2.0, top_k=9)[0])
     assert sorted(path.name for path in (files / "a").iterdir()) == [f"{i:06}.png" for i in range(11)]
     for i in range(11):
         np.testing.assert_array_equal(np.asarray(Image.open(files / "a" / f"{i:06}.png")), images[i])
@@ -357,12 +358,12 @@ def test_size(files, monkeypatch):
 
 def test_an_interrupted_run_goes_on(files, monkeypatch, capsys):
     whole, labels = long_run(files, monkeypatch, "a")
-    decode, painted = sample.decode, []
+    decode, generated = sample.decode, []
 
     def die_at_the_fourth(*args):
-        if len(painted) == 3:
+        if len(generated) == 3:
             raise KeyboardInterrupt
-        painted.append(1)
+        generated.append(1)
         return decode(*args)
 
     monkeypatch.setattr(sample, "decode", die_at_the_fourth)
@@ -370,13 +371,13 @@ def test_an_interrupted_run_goes_on(files, monkeypatch, capsys):
         long_run(files, monkeypatch, "b")
     assert not (files / "b.npz").exists() and len(list((files / "b.npz.parts").glob("*.npy"))) == 3
     (files / "b.npz.parts" / "00000006.tmp").write_bytes(b"cut short")
-    monkeypatch.setattr(sample, "decode", lambda *args: painted.append(1) or decode(*args))
+    monkeypatch.setattr(sample, "decode", lambda *args: generated.append(1) or decode(*args))
     with pytest.raises(ValueError, match="unfinished run of top_k 9, not 8: finish or remove"):
         long_run(files, monkeypatch, "b", "--top-k", 8)
     with pytest.raises(ValueError, match="b.npz.parts is an unfinished run of n 11, not 12"):
         long_run(files, monkeypatch, "b", "--n", 12)
     images, same = long_run(files, monkeypatch, "b")
-    assert len(painted) == 6 and np.array_equal(images, whole) and np.array_equal(labels, same)
+    assert len(generated) == 6 and np.array_equal(images, whole) and np.array_equal(labels, same)
     assert "5 images (6 were there already), " in capsys.readouterr().out
     for name in ("b", "a"):
         with pytest.raises(ValueError, match=f"{name}.npz is there already"):
@@ -393,7 +394,7 @@ def test_a_refused_request_leaves_nothing(files, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["npz", "grid"])
-def test_two_processes_paint_what_one_does(files, monkeypatch, how):
+def test_two_processes_generate_what_one_does(files, monkeypatch, how):
     """As torchrun starts them."""
     more = ["--npz", files / "two.npz", "--folder", files / "two"] if how == "npz" else []
 
@@ -432,7 +433,8 @@ def test_two_processes_paint_what_one_does(files, monkeypatch, how):
     (["--grid", "2x"], "ROWSxCOLUMNS"), (["--grid", "²x2"], "ROWSxCOLUMNS"), (["--classes", "horse"], "'horse' is"),
     (["--vq", "vq_ds2_c2i.pt"], "was trained on codes of vq.pt, and .*vq_ds2_c2i.pt is another"),
     (["--gpt", "c2i_XXL.pt", "--vq", "vq_12.pt", "--grid", "2x4"], "knows 16 codes, .*vq_12.pt has 12"),
-    (["--gpt", "text.pt"], "paints texts"), (["--n", 0], "--n has to be above 0"), (["--columns", 0], "--columns has"),
+    (["--gpt", "text.pt"], "conditioned on texts"), (["--n", 0], "--n has to be above 0"),
+    (["--columns", 0], "--columns has"),
     (["--size", 0], "--size has to be above 0"), (["--batch-size", 0], "--batch-size has to be above 0"),
     (["--top-p", 2], "top_p"), (["--vq", "none.pt"], "no such file"),
     (["--gpt", "vq.pt"], "not a GPT"), (["--device", "cuda:77"], "--device cuda:77"), (["--device", "gpu"], "--dev"),

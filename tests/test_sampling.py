@@ -54,7 +54,7 @@ def kept_mass(row, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw(rows, u, **settings):
-    return kernels.draw_codes(rows, u[:, None].float().to(DEVICE), INDEX, **settings)
+    return kernels.sample_codes(rows, u[:, None].float().to(DEVICE), INDEX, **settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -107,7 +107,7 @@ def test_kernel_and_torch_path_agree(width, dtype):
     kernels.use("triton")
     got = draw(rows, u, **settings)
     assert torch.equal(got, expected) and torch.equal(got[:4], got[4:])
-    greedy = kernels.draw_codes(rows, None, None, 1.7, greedy=True, guided=True)
+    greedy = kernels.sample_codes(rows, None, None, 1.7, greedy=True, guided=True)
     assert torch.equal(greedy[4:], (rows[4:].float() + 1.7 * (rows[:4].float() - rows[4:].float())).argmax(1))
 
 
@@ -118,7 +118,7 @@ def test_guidance(mode, scale):
     kernels.use(mode)
     cond, uncond = torch.randn(2, 6, V, device=DEVICE).half()
     both = (uncond.float() + (cond.float() - uncond.float()) * scale).double()
-    codes = kernels.draw_codes(torch.cat([cond, uncond]), None, None, scale, greedy=True, guided=True)
+    codes = kernels.sample_codes(torch.cat([cond, uncond]), None, None, scale, greedy=True, guided=True)
     assert torch.equal(codes, both.argmax(1).repeat(2))
     p = both.softmax(1)
     middle = (p.cumsum(1) - p / 2).gather(1, codes[:6, None])[:, 0]
@@ -150,7 +150,7 @@ def test_rows_that_are_not_finite(mode):
     rows[0, 3:5], rows[1], rows[3, 7], rows[4] = torch.nan, torch.nan, torch.inf, 1.0
     rows[0, 9], rows[4, 4], rows[5, 11:13] = 0.0, torch.nan, torch.inf
     expected = torch.tensor([9, 0, 0, 7, 0, 11], device=DEVICE)
-    assert torch.equal(kernels.draw_codes(rows, None, None, greedy=True), expected)
+    assert torch.equal(kernels.sample_codes(rows, None, None, greedy=True), expected)
     for settings in (dict(), dict(top_k=3), dict(top_p=0.5), dict(top_k=2, top_p=0.5)):
         assert torch.equal(draw(rows, torch.zeros(6), **settings), expected)
     u = (torch.arange(19) + 0.5) / 19  # over the row of ones but for a NaN at 4
@@ -178,19 +178,19 @@ def test_noise_of_the_step_and_neighbours(mode):
     kernels.use(mode)
     rows, noise = make_rows(4), torch.rand(4, 9, device=DEVICE)
     index, settings = torch.tensor([5], device=DEVICE), dict(top_p=0.9)
-    codes = kernels.draw_codes(rows, noise, index, **settings)
-    assert torch.equal(codes, kernels.draw_codes(rows, noise[:, 5:6], INDEX, **settings))
+    codes = kernels.sample_codes(rows, noise, index, **settings)
+    assert torch.equal(codes, kernels.sample_codes(rows, noise[:, 5:6], INDEX, **settings))
     for i in range(4):
-        assert torch.equal(codes[i : i + 1], kernels.draw_codes(rows[i : i + 1], noise[i : i + 1], index, **settings))
+        assert torch.equal(codes[i : i + 1], kernels.sample_codes(rows[i : i + 1], noise[i : i + 1], index, **settings))
     wide = torch.cat([rows, rows], 1)[:, :V]
     turned = torch.stack([rows, rows], 2)[..., 0]
     assert wide.stride(0) == 2 * V and turned.stride(1) == 2
     for x in (wide, turned):
-        assert torch.equal(codes, kernels.draw_codes(x, noise.t().contiguous().t(), index, **settings))
+        assert torch.equal(codes, kernels.sample_codes(x, noise.t().contiguous().t(), index, **settings))
     before = rows.clone()
-    kernels.draw_codes(rows, noise, index, top_k=3)
+    kernels.sample_codes(rows, noise, index, top_k=3)
     assert torch.equal(before.nan_to_num(), rows.nan_to_num())
-    assert kernels.draw_codes(rows[:0], noise[:0], index).shape == (0,)
+    assert kernels.sample_codes(rows[:0], noise[:0], index).shape == (0,)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -203,7 +203,7 @@ def test_noise_of_the_step_and_neighbours(mode):
 ], ids=lambda x: "" if isinstance(x, str) else next(iter(x)))
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        kernels.draw_codes(**dict(logits=torch.zeros(3, V), noise=torch.zeros(3, 1), index=INDEX.cpu()) | settings)
+        kernels.sample_codes(**dict(logits=torch.zeros(3, V), noise=torch.zeros(3, 1), index=INDEX.cpu()) | settings)
 
 
 def test_wide_rows_take_the_torch_path():
@@ -221,7 +221,7 @@ def test_operator_and_compile(mode):
     kernels.use(mode)
     rows, noise = make_rows(4), torch.rand(2, 3, device=DEVICE)
     args = (rows, noise, INDEX, 2.0, 1.0, 5, 0.9, False, True, mode == "triton")
-    torch.library.opcheck(torch.ops.nanollamagen.draw_codes, args)
-    fn = lambda x, n, i: kernels.draw_codes(x, n, i, 2.0, top_k=5, top_p=0.9, guided=True) + 1  # noqa: E731
+    torch.library.opcheck(torch.ops.nanollamagen.sample_codes, args)
+    fn = lambda x, n, i: kernels.sample_codes(x, n, i, 2.0, top_k=5, top_p=0.9, guided=True) + 1  # noqa: E731
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(rows, noise, INDEX), fn(rows, noise, INDEX))

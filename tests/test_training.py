@@ -34,7 +34,7 @@ pictures, codes, tiny_presets = test_train.pictures, test_train.codes, test_trai
 FILES = {train_gpt: "gpt.pt", train_vq: "vq.pt"}
 BARE = ("--dropout", 0, "--cond-dropout", 0, "--lr", 1e-3)
 load = partial(torch.load, weights_only=True)
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ERRORS = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
 SERVER = multiprocessing.get_context("forkserver")  # has imported everything: each process is cheap, may be killed
 
 
@@ -405,7 +405,7 @@ class Trap:
         return os.mkdir, ("trap",)
 
 
-DAMAGE = {  # as the README lists it
+DAMAGE = {  # as docs/errors.md lists it
     "cut short": (lambda path: os.truncate(path, path.stat().st_size * 2 // 3), "cut short"),
     "empty": (lambda path: os.truncate(path, 0), "cut short"),
     "a pickle with code": (lambda path: path.write_bytes(pickle.dumps({"model": Trap()})),
@@ -427,7 +427,7 @@ def test_a_damaged_state_leaves_the_one_before(name, codes, tmp_path, monkeypatc
     damage(state)
     run(train_gpt, monkeypatch, out, *options, "--resume")
     assert f"{state}: not a readable checkpoint ({reason}); going on from {before}" in caplog.text
-    assert f"| {name} | not a readable checkpoint ({reason}) |" in README
+    assert f"| {name} | not a readable checkpoint ({reason}) |" in ERRORS
     assert same(load(out / "gpt.pt"), whole) and load(state)["step"] == 4
     assert (out / "state.pt.damaged").exists() and load(before)["step"] == 3  # the whole one stood until the next was
     for path in (state, before):
@@ -445,7 +445,7 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
     assert not out.exists()
     run(train_gpt, monkeypatch, out, *options, "--resume", "auto")
     before = load(out / "state.pt")
-    with pytest.raises(ValueError, match="a holds a run: --resume goes on with it, --resume no begins anew"):
+    with pytest.raises(ValueError, match="a holds a run: --resume goes on with it, --resume no starts over"):
         run(train_gpt, monkeypatch, out, "--codes", tmp_path / "missing")  # said before anything is read
     assert same(load(out / "state.pt"), before)
     for split in ("train", "val"):
