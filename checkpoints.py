@@ -7,6 +7,7 @@ executes nothing.
 import logging
 import os
 import shutil
+from dataclasses import asdict
 
 import torch
 from torch.nn import Module
@@ -17,6 +18,7 @@ from distributed import agree, everyone, local, say, sharded
 log = logging.getLogger(__name__)
 
 FIXED = ("seed", "batch_size", "size")  # of a resumed run: they say which images a step sees (a GPT has no size)
+FREE = ("dropout", "cond_dropout", "caption_loss_weight", "beta", "entropy_weight")  # of a model's config
 REST = "rest.pt"  # of a folder: what is no tensor of a model or an optimizer
 
 
@@ -58,8 +60,8 @@ def save_state(args, step, elapsed, parts, files, data=None):
     """
     check_finite(parts["model"], step)
     options = {name: getattr(args, name) for name in FIXED if name in args}
-    state = dict(options=options, parts=list(parts), data=data, step=step, elapsed=elapsed,
-                 own=everyone(own_state(parts)))
+    state = dict(options=options, config=asdict(parts["model"].config), parts=list(parts), data=data, step=step,
+                 elapsed=elapsed, own=everyone(own_state(parts)))
     (path, previous, fresh), failed = (args.out / f"state.pt{end}" for end in ("", ".previous", ".tmp")), None
     folder, first = sharded(parts["model"]), rank_and_world()[0] == 0
     if folder:
@@ -142,6 +144,9 @@ def fill(parts, path, args):
     state = read_file(path / REST if path.is_dir() else path)
     try:
         other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
+        now = asdict(parts["model"].config)
+        other += [f"{n} {v}, not {now[n]}" for n, v in state["config"].items()
+                  if n in now and n not in FREE and v != now[n]]
         if state["parts"] != list(parts):
             other.append(f"{', '.join(state['parts'])}, not {', '.join(parts)}")
         if other:

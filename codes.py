@@ -131,6 +131,10 @@ class CodeFile:
     def __len__(self):
         return len(self.codes)
 
+    def __reduce__(self):
+        """Pickled (for DataLoader's processes) as the folder that it opens, not with what lies there."""
+        return CodeFile, (self.folder,)
+
     def _read(self, name, read):
         try:
             return read(self.folder / name)

@@ -56,7 +56,7 @@ class GPTConfig:
     caption_loss_weight: float = 0.0  # of the caption tokens' cross-entropy, so that the model reads, too
 
     def __post_init__(self):
-        self.grid = tuple(self.grid)
+        self.grid = tuple(self.grid) if hasattr(self.grid, "__iter__") else (self.grid,)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.ffn_dim = self.ffn_dim or -(-int(8 * self.dim / 3) // 256) * 256
         self.head_dim = self.dim // self.n_head  # D
@@ -66,6 +66,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid has to be (rows, columns), not {self.grid}")
+        if not (0 <= self.dropout <= 1 and 0 <= self.cond_dropout <= 1):
+            raise ValueError(f"dropout {self.dropout} and cond_dropout {self.cond_dropout} have to be in [0, 1]")
         for name, known in (("cond", ("class", "text", "tokens")), ("cond_rope", ("identity", "zero"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} has to be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -167,7 +169,8 @@ class FeedForward(nn.Module):
 
     @staticmethod
     def _split(module, state, prefix, _metadata):
-        state[prefix + "w1.weight"], state[prefix + "w3.weight"] = state.pop(prefix + "w13.weight").chunk(2)
+        if (both := state.pop(prefix + "w13.weight", None)) is not None:  # a parametrization (LoRA) has other names
+            state[prefix + "w1.weight"], state[prefix + "w3.weight"] = both.chunk(2)
 
     @staticmethod
     def _fuse(module, state, prefix, *_):
@@ -414,6 +417,8 @@ class GPT(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] >= self.config.grid[0] * self.config.grid[1]:
             raise ValueError(f"tokens {list(tokens.shape)} do not fit the grid {self.config.grid}: [B, t < h*w]")
+        if len(tokens) != len(cond):
+            raise ValueError(f"tokens of {len(tokens)} images do not fit conditions of {len(cond)}")
         prefix, padding, cond = self.embed_condition(cond, cond_mask)
         x = torch.cat([prefix, self.embed_codes(tokens).to(prefix.dtype)], dim=1)  # B, n_cond + t, C
         x = self.transform(x, padding)
@@ -426,10 +431,12 @@ class GPT(nn.Module):
             loss = loss + self.config.caption_loss_weight * self.caption_loss(x[:, : self.config.n_cond], cond)
         return None, loss
 
-    def prefill(self, cond, cond_mask, cache):
-        """Condition -> logits [B, V] of the first code, and the padding that `step` wants."""
-        prefix, padding, _ = self.embed_condition(cond, cond_mask)
-        x = self.transform(prefix, padding, cache)
+    def prefill(self, cond, cond_mask, cache, codes=None):
+        """Condition and the first codes [B, t], if given -> logits [B, V] of the next, and the padding for `step`."""
+        x, padding, _ = self.embed_condition(cond, cond_mask)
+        if codes is not None:
+            x = torch.cat([x, self.embed_codes(codes).to(x.dtype)], dim=1)  # B, n_cond + t, C
+        x = self.transform(x, padding, cache)
         return self.logits(x[:, -1]), padding
 
     def step(self, codes, position, padding, cache):
@@ -499,7 +506,7 @@ class GPT(nn.Module):
 def infer_config(weights, path):
     """The sizes of a published GPT from the shapes of its tensors."""
     vocab_size, dim = weights["tok_embeddings.weight"].shape
-    heads = {sizes["dim"]: sizes["n_head"] for sizes in PRESETS.values()}
+    heads = {sizes["dim"]: sizes["n_head"] for sizes in reversed(PRESETS.values())}  # of two of a width the first
     try:
         n_head = heads[dim]
         qkv, ffn = weights["layers.0.attention.wqkv.weight"], weights["layers.0.feed_forward.w1.weight"]

@@ -53,18 +53,23 @@ from vq import VQModel
 
 def uniforms(seed, first_index, batch, length):
     """float32 [batch, length] in [0, 1): row i is a stream of its own, of (seed, first_index + i)."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, first_index + i])) for i in range(batch)]
+    keys = (np.array([seed, first_index + i], np.uint64) for i in range(batch))
+    rows = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
     return torch.from_numpy(np.stack([row.random(length, dtype=np.float32) for row in rows]))
 
 
-def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index):
+def check_request(
+    model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index, prefix=None
+):
     """One sentence for everything that cannot be sampled."""
+    if not isinstance(cond, torch.Tensor) or not cond.dim():
+        raise ValueError(f"cond has to be a tensor with a condition for each image, not {cond!r}")
     if grid != (has := model.config.grid):
         raise ValueError(f"the model generates {has} codes, not {grid}: load it, or set_grid, for another grid")
     if not greedy and not 0 < temperature < float("inf"):
         raise ValueError(f"temperature has to be above 0, not {temperature} (greedy=True takes the likeliest code)")
-    if top_k < 0:
-        raise ValueError(f"top_k has to be 0 (all codes) or more, not {top_k}")
+    if top_k < 0 or top_k != int(top_k):
+        raise ValueError(f"top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p has to be in (0, 1], not {top_p}")
     if not math.isfinite(cfg_scale):
@@ -78,6 +83,12 @@ def check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, to
     null = model.config.num_classes
     if model.config.cond == "class" and not 0 <= int(cond.min()) <= int(cond.max()) <= null:
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
+    if prefix is not None:
+        length, end = grid[0] * grid[1], model.config.vocab_size
+        if prefix.dim() != 2 or len(prefix) != len(cond) or prefix.shape[1] >= length or prefix.is_floating_point():
+            raise ValueError(f"prefix has to be codes [{len(cond)}, t < {length}], not {list(prefix.shape)}")
+        if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < end:
+            raise ValueError(f"prefix has to hold codes in 0..{end - 1}, not {int(prefix.min())}..{int(prefix.max())}")
 
 
 @functools.cache
@@ -125,12 +136,14 @@ class Loop:
                 self.step(model, rows)
         return graph
 
-    def prefill(self, model, cond, cond_mask, noise):
-        """Read the condition and draw the first code."""
-        self.clock.copy_(self.start)
+    def prefill(self, model, cond, cond_mask, prefix, noise):
+        """Read the condition and the codes [rows, t] that are given, and draw the next."""
+        given = prefix.shape[1]
+        self.codes[:, :given] = prefix[: len(self.codes)]
+        self.clock.copy_(self.start + given)
         if noise is not None:
             self.noise.copy_(noise)
-        logits, padding = model.prefill(cond, cond_mask, self.cache)
+        logits, padding = model.prefill(cond, cond_mask, self.cache, prefix)
         if self.padding is not None:
             self.padding.copy_(padding) if padding is not None else self.padding.zero_()
         self.draw(logits)
@@ -171,33 +184,34 @@ def release(model):
 @torch.no_grad()
 def generate(
     model, cond, cond_mask=None, grid=None, cfg_scale=1.0, cfg_stop=-1, temperature=1.0, top_k=0, top_p=1.0,
-    greedy=False, seed=0, first_index=0, progress=False,
+    greedy=False, seed=0, first_index=0, prefix=None, progress=False,
 ):
-    """Draw codes int64 [B, h, w] in raster order.
+    """Sample codes int64 [B, h, w] in raster order.
 
     cond and cond_mask are those of GPT.forward: labels, features and their mask, or caption tokens. A guided image has
     two rows in the batch, with its condition and with none, and of the same codes, drawn from the logits uncond +
     cfg_scale (cond - uncond) (Ho and Salimans 2022, eq. 6, w = cfg_scale - 1); cfg_scale 1 is no guidance. cfg_stop = n
-    guides the first n codes only and drops the unconditional rows after them. Image i depends on (seed, first_index +
-    i), not on its neighbours: bit for bit on a CPU, on a GPU as far as its matrix products round alike in batches of
-    other sizes.
+    guides the first n codes only and drops the unconditional rows after them. prefix, int64 [B, t], are the first t
+    codes of each image, which it then completes. Image i depends on (seed, first_index + i), not on its neighbours: bit
+    for bit on a CPU, on a GPU as far as its matrix products round alike in batches of other sizes.
     Raises ValueError for settings that cannot be.
     """
     grid = tuple(grid or model.config.grid)
-    check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index)
+    check_request(model, cond, grid, cfg_scale, cfg_stop, temperature, top_k, top_p, greedy, seed, first_index, prefix)
     device, batch, length = model.output.weight.device, len(cond), grid[0] * grid[1]
     cond, cond_mask = cond.to(device), None if cond_mask is None else cond_mask.to(device)
     guided = 0 if cfg_scale == 1 else length if cfg_stop < 0 else min(cfg_stop, length)  # codes drawn with guidance
-    rows, *later = (2 * batch if i < guided else batch for i in range(length))
-    if guided:
-        cond = torch.cat([cond, model.cls_embedding.null(cond)])
+    prefix = cond.new_empty(batch, 0, dtype=torch.long) if prefix is None else prefix.to(device, torch.long)
+    rows, *later = (2 * batch if i < guided else batch for i in range(prefix.shape[1], length))
+    if rows > batch:
+        cond, prefix = torch.cat([cond, model.cls_embedding.null(cond)]), prefix.repeat(2, 1)
         cond_mask = None if cond_mask is None else cond_mask.repeat(2, 1)  # "no text" hides the same positions
     noise = None if greedy else uniforms(seed, first_index, batch, length)
     settings = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
     with evaluating(model), torch.autocast(device.type, enabled=False), model.packed(rows):
         loop = find_loop(model, batch, rows, frozenset(later), settings)
-        loop.prefill(model, cond, cond_mask, noise)
-        for rows in tqdm(later, desc="codes", initial=1, total=length, disable=not progress):
+        loop.prefill(model, cond, cond_mask, prefix, noise)
+        for rows in tqdm(later, desc="codes", initial=length - len(later), total=length, disable=not progress):
             loop.step(model, rows)
     return loop.codes.view(batch, *grid).clone()
 

@@ -87,7 +87,8 @@ def build_model(args, codes, vq):
         cond = dict(cond="tokens", n_cond=text["length"], text_vocab_size=text["size"])
     fresh = cond | dict(cond_rope=args.cond_rope or "identity", caption_loss_weight=args.caption_loss_weight)
     if not args.init:
-        how |= fresh | dict(vocab_size=codes.codebook_size, grid=codes.grid, n_kv_head=args.n_kv_head)
+        how |= fresh | dict(vocab_size=codes.codebook_size, grid=codes.grid)
+        how |= dict(n_kv_head=args.n_kv_head) if args.n_kv_head else {}
         model = GPT(GPTConfig(**PRESETS[args.preset or "B"] | how))
     elif args.preset or args.n_kv_head:
         raise ValueError("--init takes the model from the file: leave --preset and --n-kv-head out")
@@ -98,6 +99,9 @@ def build_model(args, codes, vq):
             raise ValueError(f"--init {args.init} knows {found}")
         same = all(getattr(model.config, name) == value for name, value in cond.items())
         trained_on = common.read_file(args.init).get("codes")  # published files do not tell
+        if trained_on and trained_on.get("tokenizer_sha256") != codes.meta["tokenizer_sha256"]:
+            tokenizer = trained_on.get("tokenizer")
+            distributed.say(f"--init {args.init} was trained on codes of another tokenizer, {tokenizer}")
         if not same or trained_on and vocabulary(trained_on) != vocabulary(codes.meta):
             what = "captions" if text else "classes"
             distributed.say(f"--init {args.init} was trained on other {what}: their embedding is re-initialised")

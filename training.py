@@ -218,7 +218,8 @@ def uncompiled():
 
 
 class RunLog:
-    """log.jsonl (one object per logged step), config.json (command, options, versions) and loss.png of a run."""
+    """log.jsonl (one object per logged step), config.json (command, options, versions; of a resumed run also the
+    earlier ones) and loss.png of a run."""
 
     def __init__(self, out, args, start_step):
         self.out, self.rows = Path(out), []
@@ -231,9 +232,14 @@ class RunLog:
         old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        path = self.out / "config.json"
+        earlier = json.loads(path.read_text()) if path.exists() and start_step else {}
         versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
         config = {"command": sys.argv, "options": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
-        (self.out / "config.json").write_text(json.dumps(config, indent=1))
+        if earlier:  # of a resumed run: the commands before
+            config["earlier"] = [*earlier.pop("earlier", []), earlier]
+        path.with_suffix(".tmp").write_text(json.dumps(config, indent=1))
+        path.with_suffix(".tmp").rename(path)
 
     def write(self, **row):
         """Append one object, numbers rounded to six digits; ValueError, and no row, if a loss is not finite.

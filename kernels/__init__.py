@@ -36,7 +36,8 @@ def use(mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"kernels mode must be one of {', '.join(MODES)}, not {mode!r}")
     if mode == "triton" and not INTERPRETED:
-        why = _obstacle("cuda", None) if torch.cuda.is_available() else "PyTorch sees no GPU"
+        nothing = "PyTorch sees no GPU (TRITON_INTERPRET=1 runs them without one, slowly)"
+        why = _obstacle("cuda", None) if torch.cuda.is_available() else nothing
         if why:
             raise RuntimeError(f"Triton kernels cannot run: {why}.")
     before, _mode = _mode, mode

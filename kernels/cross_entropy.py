@@ -120,6 +120,8 @@ def _save(ctx, inputs, output):
 
 
 def _linear_cross_entropy_autograd(ctx, d_loss, *nothing):
+    if d_loss is None:
+        raise RuntimeError("linear_cross_entropy is differentiable once")
     dx, dw = ctx.saved_tensors
     scale = d_loss / ctx.n  # float32, and here: 1 / N would underflow in float16 products
     return dx * scale, (dw * scale).to(ctx.dtype), None, None, None
@@ -132,11 +134,18 @@ def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy, nats, of logits x @ weight.T: x [N, C], weight [V, C], targets int64 [N] -> float32 scalar.
 
     Under autocast the products are in its dtype; sums and softmax are float32 always. No targets are left out: one that
-    is no row of weight makes loss and gradients NaN (on the PyTorch path: raises). Differentiable once. ValueError for
-    shapes that do not fit: the kernel would read past the end of targets.
+    is no row of weight makes loss and gradients NaN (on the PyTorch path: raises). Differentiable once; under
+    torch.func (jvp, vmap) the PyTorch version over whole logits. ValueError for shapes that do not fit: the kernel
+    would read past the end of targets.
     """
     if x.dim() != 2 or targets.shape != x.shape[:1]:
         raise ValueError(f"targets have to be {list(x.shape[:1])} for x {list(x.shape)}, not {list(targets.shape)}")
+    if not len(x) or targets.dtype != torch.int64:
+        raise ValueError(f"targets have to be int64, one or more, not {targets.dtype} {list(targets.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight has to be [V, {x.shape[1]}], not {list(weight.shape)}")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return linear_cross_entropy_ref(x, weight, targets)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

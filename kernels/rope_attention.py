@@ -375,8 +375,11 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, padding=None):
     qkv [B, T, (H + 2 G) D] = heads of q, of k, of v, float32, bfloat16 or float16; cos, sin float32 [T, D/2], for
     channel pairs (2i, 2i+1); n_head = H; n_kv_head = G, a divisor of H (None: H); padding int32 or int64 [B] or None:
     the first padding[b] tokens are padding that no other token sees and that see themselves only. Scale D^-1/2.
-    Returns [B, T, H D] in qkv's dtype. Differentiable once, in qkv. Raises ValueError where the shapes disagree.
+    Returns [B, T, H D] in qkv's dtype. Differentiable once, in qkv; where cos or sin want a gradient, PyTorch computes.
+    Raises ValueError where the shapes disagree.
     """
+    if padding is not None and padding.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rope_attention: padding has to be int32 or int64, not {padding.dtype}")
     n_kv_head = n_kv_head or n_head
     heads = n_head + 2 * n_kv_head
     D, rest = qkv.shape[-1] // heads, qkv.shape[-1] % heads  # torch.compile knows no divmod of a symbolic width
@@ -385,6 +388,8 @@ def rope_attention(qkv, cos, sin, n_head, n_kv_head=None, padding=None):
     if not fits or rest or D % 2 or n_head % n_kv_head:
         raise ValueError(f"rope_attention: qkv, cos, sin, padding are {shapes} for {n_head} and {n_kv_head} heads")
     why = "" if D % 4 == 0 and 16 <= D <= 128 else f"a head of {D} channels is no multiple of 4 from 16 to 128"
+    if cos.requires_grad or sin.requires_grad:
+        why = "the kernel has no gradient of cos and sin"
     if not use_triton(qkv, why):
         return _rope_attention_sdpa(qkv, cos, sin, n_head, n_kv_head, padding)
     return _rope_attention(qkv, cos, sin, n_head, n_kv_head, padding)[0]

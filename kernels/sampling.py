@@ -213,13 +213,15 @@ def sample_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, 
         rows = "[2 B, V]" if guided else "[B, V]"
         raise ValueError(f"sample_codes needs logits {rows}, V above 0, got {(*logits.shape,)}")
     (R, V), B = logits.shape, logits.shape[0] // (2 if guided else 1)
+    if not greedy and (noise is None or index is None):
+        raise ValueError("sample_codes needs noise and index unless greedy")
     if not greedy and (noise.dim() != 2 or len(noise) != B or not noise.shape[1] or index.shape != (1,)):
         got = f"{(*noise.shape,)} and {(*index.shape,)}"
         raise ValueError(f"sample_codes needs noise [{B}, L] and index [1] for logits [{R}, {V}], got {got}")
     if not greedy and not 0 < temperature < math.inf:
         raise ValueError(f"sample_codes: temperature has to be above 0, not {temperature}")
-    if top_k < 0:
-        raise ValueError(f"sample_codes: top_k has to be 0 (all codes) or more, not {top_k}")
+    if top_k < 0 or top_k != int(top_k):
+        raise ValueError(f"sample_codes: top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"sample_codes: top_p has to be in (0, 1], not {top_p}")
     why = "" if V <= MAX_CODES else f"rows of {V} codes are wider than {MAX_CODES}"

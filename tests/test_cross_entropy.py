@@ -119,6 +119,31 @@ def test_targets_have_to_fit(device):
     for shape in ((4,), (6,), (5, 1), (1,)):
         with pytest.raises(ValueError, match=r"targets have to be \[5\] for x \[5, 3\], not "):
             kernels.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.long, device=device))
+    targets = torch.zeros(5, dtype=torch.long, device=device)
+    for args, message in (((x, weight, targets.int()), "int64, one or more, not torch.int32"),
+                          ((x[:0], weight, targets[:0]), "int64, one or more, not torch.int64 .0."),
+                          ((x, weight.T, targets), r"weight has to be \[V, 3\], not \[3, 7\]")):
+        with pytest.raises(ValueError, match=message):
+            kernels.linear_cross_entropy(*args)
+
+
+@paths
+def test_transforms_of_torch_func_and_second_gradients(device):
+    """An operator knows no forward derivative, and would give 0."""
+    x, weight, targets = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)
+    x, weight, targets = x.to(device), weight.to(device), targets.to(device)
+    loss = lambda x: kernels.linear_cross_entropy(x, weight, targets)  # noqa: E731
+    plain = lambda x: cross_entropy.linear_cross_entropy_ref(x, weight, targets)  # noqa: E731
+    step = torch.randn_like(x)
+    got, want = (torch.func.jvp(f, (x,), (step,))[1] for f in (loss, plain))
+    torch.testing.assert_close(got, want)
+    assert want.abs() > 0.01
+    one = lambda x, t: kernels.linear_cross_entropy(x[None], weight, t[None])  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(one))(x, targets)
+    torch.testing.assert_close(each / 5, torch.func.grad(plain)(x))
+    gradient, = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
 
 
 @paths

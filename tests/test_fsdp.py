@@ -229,8 +229,8 @@ def test_what_does_not_fit_is_refused(twice, codes, tmp_path, monkeypatch):
     for change, message in (
         (("--ema", 0.9), "model, adamw, not model, ema, adamw"),
         (("--optimizer", "muon"), "model, adamw, not model, adamw, muon"),
-        (("--n-kv-head", 1), r"wqkv.weight is \[96, 32\], not \[64, 32\]"),
-        (("--code-features",), "holds no model.code_features"),
+        (("--n-kv-head", 1), "n_kv_head 2, not 1"),
+        (("--code-features",), "code_dim 0, not 4"),
         (("--seed", 1), "seed 0, not 1"),
     ):
         with pytest.raises(ValueError, match=f"{twice / 'state.pt'} .*{message}"):

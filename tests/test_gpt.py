@@ -161,6 +161,20 @@ def test_rope_against_complex_numbers(head_dim, cond_rope):
     assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
+def test_a_preset_more_of_a_width_changes_no_published_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "half", dict(n_layer=1, n_head=6, dim=768))
+    sizes = dict(n_layer=1, n_head=12, dim=768, ffn_dim=32, vocab_size=32, num_classes=3)
+    save_file(tmp_path / "gpt.pt", GPT(GPTConfig(**sizes)).state_dict())
+    assert GPT.from_pretrained(tmp_path / "gpt.pt", grid=(2, 2)).config.n_head == 12
+
+
+def test_parametrizations_have_names_of_their_own():
+    model = small()
+    layer = model.layers[0].feed_forward.w13
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    assert "layers.0.feed_forward.w13.parametrizations.weight.original" in model.state_dict()
+
+
 # Lengths, caches, modes
 
 @torch.no_grad()

@@ -419,7 +419,7 @@ def test_unserved_gpu_falls_back_with_one_warning(monkeypatch):
 
 
 @pytest.mark.parametrize("code, says", [
-    ("import kernels", "RuntimeError: Triton kernels cannot run: PyTorch sees no GPU."),
+    ("import kernels", "RuntimeError: Triton kernels cannot run: PyTorch sees no GPU (TRITON_INTERPRET=1 runs"),
     ("import os, sys; sys.modules['triton'] = None; del os.environ['NANOLLAMAGEN_KERNELS']\n"
      "import kernels, torch; kernels.swiglu(torch.ones(2, 4)); kernels.use('triton')", "RuntimeError: Triton kernels"),
 ], ids=["asked for by the environment", "without the package triton"])

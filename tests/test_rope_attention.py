@@ -183,5 +183,9 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match="rope_attention"):
             kernels.rope_attention(*wrong)
+    with pytest.raises(ValueError, match="padding has to be int32 or int64, not torch.float32"):
+        kernels.rope_attention(qkv, cos, sin, 2, 1, padding.float())
+    with pytest.raises(RuntimeError, match="no gradient of cos and sin"):
+        kernels.rope_attention(qkv, cos.clone().requires_grad_(), sin, 2, 1, padding)
     with pytest.raises(RuntimeError, match="132 channels"):
         kernels.rope_attention(torch.zeros(1, 3, 3 * 132, device=DEVICE), *torch.zeros(2, 3, 66, device=DEVICE), 1)

@@ -53,6 +53,37 @@ def direct_greedy(model, cond, mask, scale, guided):
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("given", [0, 1, 4, 7])
+@pytest.mark.parametrize("stop", [-1, 0, 4, 6], ids="stop {}".format)
+def test_completing_images(kind, given, stop):
+    """Of codes that the model would not have chosen; what follows is what it would choose then."""
+    model = small_gpt(**TEXT if kind == "text" else {})
+    cond, mask = text_condition() if kind == "text" else (torch.tensor([0, 2, 1]), None)
+    prefix = torch.randint(16, (3, given), generator=torch.Generator().manual_seed(given))
+    codes = generate(model, cond, mask, cfg_scale=3.0, cfg_stop=stop, greedy=True, prefix=prefix.int())
+    expected, guided = prefix, 8 if stop < 0 else stop
+    while expected.shape[1] < 8:
+        logits = model(expected, cond, mask)[0][:, -1].double()
+        if expected.shape[1] < guided:
+            uncond = model(expected, model.cls_embedding.null(cond), mask)[0][:, -1].double()
+            logits = uncond + 3 * (logits - uncond)
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(codes.flatten(1), expected)
+    whole = generate(model, cond, mask, cfg_scale=3.0, cfg_stop=stop, top_k=9, seed=4)  # and with the same numbers
+    prefix = whole.flatten(1)[:, :given]
+    again = generate(model, cond, mask, cfg_scale=3.0, cfg_stop=stop, top_k=9, seed=4, prefix=prefix)
+    assert torch.equal(whole, again)
+
+
+def test_every_seed_and_index_has_numbers_of_its_own():
+    """NumPy makes floats of numbers from 2^63 on beside smaller ones."""
+    seeds = [0, 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1]
+    rows = [uniforms(seed, 0, 1, 4) for seed in seeds] + [uniforms(0, index, 1, 4) for index in seeds[1:]]
+    assert len({tuple(row[0].tolist()) for row in rows}) == len(rows)
+    assert torch.equal(uniforms(0, 2**63, 3, 4)[1:], uniforms(0, 2**63 + 1, 2, 4))
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
 @pytest.mark.parametrize("scale", [0.0, 3.0, -1.0], ids="scale {}".format)
 @pytest.mark.parametrize("stop", [0, 1, 3, 8, 99, -1], ids="stop {}".format)
 def test_guidance_against_recomputing(kind, scale, stop):
@@ -181,6 +212,11 @@ def test_greedy():
     (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(cfg_scale=float("inf")), "cfg_scale"),
     (dict(grid=(4, 2)), r"generates \(2, 4\) codes, not \(4, 2\)"),
     (dict(cond=torch.tensor([0, 4])), "labels .* in 0..3"),
+    (dict(cond=3), "cond has to be a tensor with a condition for each image, not 3"), (dict(top_k=0.5), "top_k"),
+    (dict(prefix=torch.zeros(1, 8, dtype=torch.long)), r"prefix has to be codes \[1, t < 8\], not \[1, 8\]"),
+    (dict(prefix=torch.zeros(2, 3, dtype=torch.long)), "prefix has to be codes"),
+    (dict(prefix=torch.zeros(1, 3)), "prefix has to be codes"),
+    (dict(prefix=torch.full((1, 1), 16)), r"prefix has to hold codes in 0..15, not 16..16"),
     (dict(cond=torch.tensor([-1])), "labels have to be"), (dict(cond=torch.ones(0, dtype=torch.long)), "no condition"),
 ], ids=str)
 def test_requests_that_cannot_be_are_refused(settings, message):

@@ -452,9 +452,10 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
         file = CodeFile(codes / split)
         with CodeWriter(tmp_path / "narrow" / split, (2, 2), file.codebook_size, file.meta) as writer:
             writer.write(file.codes[:, :, :4], file.labels)
-    with pytest.raises(ValueError, match=r"state.pt is of a run with other options .cos .7, 8., not .5, 8.."):
+    with pytest.raises(ValueError, match=r"state.pt is of a run with other options .grid .2, 3., not .2, 2.."):
         run(train_gpt, monkeypatch, out, "--codes", tmp_path / "narrow", *options[2:], "--resume")
-    for change, message in ((("--seed", 1), "seed 0, not 1"), (("--batch-size", 2), "batch_size 4, not 2")):
+    for change, message in ((("--seed", 1), "seed 0, not 1"), (("--batch-size", 2), "batch_size 4, not 2"),
+                            (("--cond-rope", "zero"), "cond_rope identity, not zero")):
         for how in ("yes", "auto"):
             with pytest.raises(ValueError, match=f"state.pt is of a run with other options .*{message}"):
                 run(train_gpt, monkeypatch, out, *options, *change, "--resume", how)
@@ -468,6 +469,13 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
 def test_a_resumed_run_decays_as_its_own_options_say(codes, tmp_path, monkeypatch):
     options = gpt_options(codes, "--max-steps")
     run(train_gpt, monkeypatch, tmp_path, *options, 1)
+    run(train_gpt, monkeypatch, tmp_path, *options, 2, "--dropout", 0.3, "--resume")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["options"]["dropout"] == "0.3" and [c["options"]["dropout"] for c in config["earlier"]] == ["0.1"]
+    run(train_gpt, monkeypatch, tmp_path, *options, 3, "--resume")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [c["options"]["max_steps"] for c in (*config["earlier"], config)] == ["1", "2", "3"]
+    run(train_gpt, monkeypatch, tmp_path, *options, 1, "--resume", "no")
     run(train_gpt, monkeypatch, tmp_path, *options, 2, "--weight-decay", 0.7, "--beta2", 0.5, "--resume")
     state = load(tmp_path / "state.pt")["adamw"]
     assert [(group["weight_decay"], group["betas"]) for group in state["param_groups"]] == [
