@@ -2,6 +2,7 @@ import argparse
 import ast
 import importlib
 import logging
+import math
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_train import VQ
 from tqdm import tqdm
 
@@ -228,10 +230,13 @@ def test_the_python_of_the_readme(tmp_path, monkeypatch):
     lines = README.split("From Python:\n\n")[1].split("\n\n##")[0].splitlines()
     save_file(tmp_path / "vq_ds16_c2i.pt", VQModel(VQConfig(**VQ)).checkpoint())
     save_file(tmp_path / "c2i_B_256.pt", GPT(GPTConfig(**LLAMA | dict(num_classes=1000))).checkpoint())
+    Image.new("RGB", (300, 200)).save(tmp_path / "otter.png")
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(line.removeprefix("    ") for line in lines), names := {})
-    assert names["codes"].shape == (2, 16, 16) and names["images"].shape == (2, 64, 64, 3)
-    assert names["images"].dtype == "uint8"
+    source = "\n".join(line.removeprefix("    ") for line in lines)
+    exec(source.replace("256)", "64)"), names := {})  # the size at which these make as many codes
+    assert names["images"].shape == (2, 64, 64, 3) and names["images"].dtype == "uint8"
+    assert names["nats_per_code"] == pytest.approx(math.log(32))  # a GPT that has not been trained
+    assert torch.equal(names["completed"].flatten(1)[:, :128], names["codes"][:, :128])
 
 
 def test_how_it_works_names_what_is_there():
@@ -304,7 +309,7 @@ RECIPES = {
     "imagenet_vq.sh": ["vq16", "vq8"], "text_to_image.sh": [""],
     "imagenet_gpt.sh": ["B 256", "B 384", "L 256", "L 384", "XL 256", "XL 384", "XXL 384", "3B 384"],
     "evaluate_published.sh": ["vq16", "vq8", "B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384"],
-    "demo.sh": [""], "demo_text.sh": [""], "emoji_text.sh": [""],
+    "demo.sh": ["OUT"], "demo_text.sh": ["OUT"], "emoji.sh": ["OUT"],
 }
 
 
@@ -319,7 +324,8 @@ def test_recipes_have_options_that_the_scripts_know(name, words, tmp_path, monke
     stub.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> {tmp_path}/calls\nprintf "\\n\\0" >> {tmp_path}/calls\n')
     stub.chmod(0o755)
     more = dict(PYTHON=str(stub), VAL="imagenet/val")
-    subprocess.run(["bash", ROOT / "runs" / name, *words.split()], check=True, env=os.environ | more)
+    words = words.replace("OUT", f"{tmp_path}/out").split()  # demos replace the codes of the run before
+    subprocess.run(["bash", ROOT / "runs" / name, *words], check=True, env=os.environ | more)
     calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().split("\n\0")[:-1]]
     assert calls
     monkeypatch.setattr(command_line, "fetch", Path)

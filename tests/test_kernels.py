@@ -1,10 +1,12 @@
 """Kernels against float64, on a GPU, or on the CPU under Triton's interpreter."""
 
+import ast
 import importlib
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,6 +418,28 @@ def test_unserved_gpu_falls_back_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         assert kernels._find_obstacle("cuda", 0)
     kernels._find_obstacle.cache_clear()
+
+
+UNMASKED = {  # a number; whole blocks, to which the packed codes are padded; parts, as many as a block
+    "codebook": ["e_ptrs", "e_ptrs + PART + d0", "e_ptrs + d0", "half_ptr + offs_k", "half_ptr + offs_k",
+                 "packed_ptr + offs_k[:, None] * (2 * PART) + offs_w", "top_ptr", "top_ptr"],
+    "cross_entropy": ["loss_ptr + row", "target_ptr + row"],
+    "decode": ["padding_ptr + b", "position_ptr", "top_ptr + part", "top_ptr + row * SPLITS + offs_s",
+               "total_ptr + part", "total_ptr + row * SPLITS + offs_s"],
+    "rms_norm": ["seed_ptr"], "rope_attention": ["padding_ptr + b", "padding_ptr + b"],
+    "sampling": ["code_ptr + B + pid_b", "code_ptr + pid_b", "index_ptr"],
+}
+
+
+def test_every_block_is_read_and_written_under_a_mask():
+    """Outside of a tensor there is mostly memory, which tests do not notice."""
+    found = {}
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            masked = any(keyword.arg == "mask" for keyword in call.keywords)
+            if ast.unparse(call.func) in ("tl.load", "tl.store") and not masked:
+                found.setdefault(path.stem, []).append(ast.unparse(call.args[0]))
+    assert {name: sorted(places) for name, places in found.items()} == UNMASKED
 
 
 @pytest.mark.parametrize("code, says", [
