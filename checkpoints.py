@@ -145,7 +145,7 @@ def fill(parts, path, args):
     try:
         other = [f"{n} {v}, not {getattr(args, n)}" for n, v in state["options"].items() if v != getattr(args, n)]
         now = asdict(parts["model"].config)
-        other += [f"{n} {v}, not {now[n]}" for n, v in state["config"].items()
+        other += [f"{n} {v}, not {now[n]}" for n, v in state.get("config", {}).items()
                   if n in now and n not in FREE and v != now[n]]
         if state["parts"] != list(parts):
             other.append(f"{', '.join(state['parts'])}, not {', '.join(parts)}")

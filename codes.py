@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import CaptionFile, id_dtype
+from captions import CaptionFile, id_dtype, identity
 from common import file_sha256
 from data import check_batch, endless_positions
 from kernels import code_usage
@@ -167,8 +167,8 @@ class CodeFile:
     def check(self, **expected):
         """Raises ValueError where meta.json says otherwise: codes of another tokenizer, grid or set of classes."""
         for name, value in expected.items():
-            if self.meta[name] != value:
-                found, wanted = self.meta[name], value
+            found, wanted = (identity(v) if name == "text" else v for v in (self.meta[name], value))
+            if found != wanted:
                 if isinstance(found, dict) and isinstance(wanted, dict):  # of the captions: what differs
                     keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
                     found, wanted = ({key: d.get(key) for key in keys} for d in (found, wanted))

@@ -25,10 +25,10 @@ def open_image(path):
 
 
 def as_size(numbers):
-    """[256] -> 256, [32, 64] -> (32, 64), of --size; ValueError for others."""
+    """[256] or [256, 256] -> 256, [32, 64] -> (32, 64), of --size; ValueError for others."""
     if len(numbers) not in (1, 2) or min(numbers) < 1 or max(numbers) > 8192:
         raise ValueError(f"--size takes one or two numbers (height, width) from 1 to 8192, not {numbers}")
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
 
 
 def check_size(size, factor):

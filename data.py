@@ -103,10 +103,19 @@ def _split(root, val_data, read):
     if held_out.class_names != pictures.class_names:
         odd = sorted(set(held_out.class_names) ^ set(pictures.class_names))
         raise ValueError(f"the class folders of {val_data} are not those of {root}: {', '.join(odd[:5])} in one only")
-    places = set(map(os.path.abspath, held_out.images))
-    if both := next((path for path in pictures.images if os.path.abspath(path) in places), None):
+    places = set(_places(held_out.images))
+    if both := next((path for path, place in zip(pictures.images, _places(pictures.images), strict=True)
+                     if place in places), None):
         raise ValueError(f"{both} is given for training and for validation: the held-out images must be others")
     return pictures, held_out
+
+
+def _places(paths):
+    """Where files really are, whatever links lead there."""
+    parent = functools.cache(os.path.realpath)
+    for path in paths:
+        place = os.path.join(parent(os.path.dirname(path)), os.path.basename(path))
+        yield os.path.realpath(place) if os.path.islink(place) else place
 
 
 def _read_jsonl(path, text, bad_share):
@@ -114,8 +123,8 @@ def _read_jsonl(path, text, bad_share):
         what = "no .jsonl file, as the images to train on are" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {what}")
     images, captions = {}, {}  # a picture may have several lines, and is in one split only, however it is written
-    for image, texts in zip(*read_jsonl(path, bad_share), strict=True):
-        place = os.path.normpath(image)
+    paths, lines = read_jsonl(path, bad_share)
+    for place, image, texts in zip(_places(paths), paths, lines, strict=True):
         images.setdefault(place, image)
         captions.setdefault(place, []).extend(texts)
     images = list(images.values())
@@ -149,7 +158,10 @@ def _list(folder):
     """Paths of images, and of folders. What has an image's name counts as one, be it a folder or a dangling link."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "not there"
-        raise FileNotFoundError(f"{folder} is {what}{nearest(str(folder), BUILT_IN) or f': data is {DATA_HELP}'}")
+        hint = nearest(str(folder), BUILT_IN) or f": data is {DATA_HELP}"
+        if folder.suffix == ".jsonl" and folder.exists():
+            hint = ", as the images to train on are"
+        raise FileNotFoundError(f"{folder} is {what}{hint}")
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     images, folders = [], []

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokenizer
+from captions import CaptionFeatures, CaptionTokens, CaptionWriter, identity, train_tokenizer
 from codes import CodeFile, CodeWriter
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import autocast, file_sha256, make_folder, rank_and_world
@@ -135,7 +135,7 @@ def caption_reader(args, splits, device):
     if args.text == "none":
         return None
     if args.text == "t5":
-        return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5.resolve())
+        return CaptionFeatures(T5Encoder.from_pretrained(args.t5, device), args.text_length, args.t5)
     if args.text_model:
         return CaptionTokens(args.text_model.read_bytes(), args.text_length, args.text_model)
     model = None
@@ -181,7 +181,8 @@ def written(folder, meta):
     """How many images a whole part of a split has, or None; ValueError where it was encoded with other settings."""
     if not (folder / "meta.json").is_file():
         return None
-    found, wanted = ({**m, **m["part"], "part": None} for m in (json.loads((folder / "meta.json").read_text()), meta))
+    found, wanted = ({**m, **m["part"], "part": None, "text": identity(m["text"])}
+                     for m in (json.loads((folder / "meta.json").read_text()), meta))
     for name, value in wanted.items():
         if found.get(name) != value:
             before, now = (str(v)[:60] for v in (found.get(name), value))
@@ -268,16 +269,19 @@ def join(folder, parts, image_set, reader):
 
 def remove_parts(out):
     """What both splits were joined from; the first process does it."""
-    for folder in out.glob("*.parts") if rank_and_world()[0] == 0 else ():
-        shutil.rmtree(folder)
+    for folder in (out / "train.parts", out / "val.parts"):
+        if rank_and_world()[0] == 0 and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
 
 
 def run(vq, args, size, device):
     """What main() does in each process; the first joins what all have written."""
     result = args.out / "result.json"  # written last: all is there
-    if result.exists():
+    if result.exists() and all((args.out / split / "meta.json").exists() for split in ("train", "val")):
         remove_parts(args.out)  # a killed run may have left some
-        raise ValueError(f"{args.out} holds finished codes: remove the folder to encode again")
+        raise ValueError(f"{args.out} holds finished codes: remove train, val and result.json in it to encode again")
+    if result.exists():
+        raise ValueError(f"{result} is there, and no codes are beside it: give another --out")
     start, text = time.perf_counter(), args.text != "none"
     splits = load_images(args.data, size, args.val_data, text, args.bad_share)
     splits = dict(zip(("train", "val"), splits, strict=True))

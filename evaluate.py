@@ -84,8 +84,8 @@ def reference(path, shape, network, device, folder):
     images = Images(path) if images else None
     if images and images.shape != shape:
         (h, w, _), (height, width, _) = shape, images.shape
-        raise ValueError(f"the samples are {w} x {h} pixels, those of {path} {width} x {height}: sample.py resizes "
-                         f"with --size")
+        raise ValueError(f"the samples are {w} x {h} pixels, those of {path} {width} x {height}: they have to be alike "
+                         "(sample.py --size)")
     rows = features(images, network, device, folder) if images else None
     pool = rows[:, :POOL] if images else None
     if "mu" in stored:

@@ -9,6 +9,7 @@ Nichol, arXiv 2105.05233) for the spatial features and for logits without bias.
 
 import hashlib
 import math
+import os
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,7 +270,7 @@ def features(images, network, device, folder, batch_size=64):
         raise ValueError(f"{images.path} holds {images.n} image: statistics need two or more")
     what = [str(images.path.resolve()), images.shape, network.sha256]
     for file in images.files or [images.path]:
-        what += [str(file), (stat := file.stat()).st_size, stat.st_mtime_ns]
+        what += [os.path.relpath(file, images.path), (stat := file.stat()).st_size, stat.st_mtime_ns]
     path = folder / f"{images.path.stem}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
     if not path.exists():
         rows = open_rows(path.with_suffix(".tmp"), (images.n, POOL + SPATIAL))

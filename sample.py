@@ -68,7 +68,7 @@ def check_request(
         raise ValueError(f"the model generates {has} codes, not {grid}: load it, or set_grid, for another grid")
     if not greedy and not 0 < temperature < float("inf"):
         raise ValueError(f"temperature has to be above 0, not {temperature} (greedy=True takes the likeliest code)")
-    if top_k < 0 or top_k != int(top_k):
+    if not (top_k >= 0 and top_k % 1 == 0):
         raise ValueError(f"top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p has to be in (0, 1], not {top_p}")
@@ -76,7 +76,7 @@ def check_request(
         raise ValueError(f"cfg_scale has to be a finite number, not {cfg_scale}")
     if cfg_stop < -1:
         raise ValueError(f"cfg_stop has to be -1 (guide every code) or a number of codes, not {cfg_stop}")
-    if min(seed, first_index) < 0 or max(seed, first_index + len(cond)) > 2**64:
+    if min(seed, first_index) < 0 or max(seed + 1, first_index + len(cond)) > 2**64:
         raise ValueError(f"seed and first_index have to be in 0..2^64-1, not {seed} and {first_index}")
     if len(cond) == 0:
         raise ValueError("there is no condition to sample from: cond is empty")
@@ -85,10 +85,12 @@ def check_request(
         raise ValueError(f"labels have to be in 0..{null} ({null}: no class), not {cond.tolist()}")
     if prefix is not None:
         length, end = grid[0] * grid[1], model.config.vocab_size
-        if prefix.dim() != 2 or len(prefix) != len(cond) or prefix.shape[1] >= length or prefix.is_floating_point():
+        if not isinstance(prefix, torch.Tensor) or prefix.is_floating_point() or prefix.dtype == torch.bool:
+            raise ValueError(f"prefix has to be a tensor of codes, not {getattr(prefix, 'dtype', type(prefix))}")
+        if prefix.dim() != 2 or len(prefix) != len(cond) or prefix.shape[1] >= length:
             raise ValueError(f"prefix has to be codes [{len(cond)}, t < {length}], not {list(prefix.shape)}")
-        if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < end:
-            raise ValueError(f"prefix has to hold codes in 0..{end - 1}, not {int(prefix.min())}..{int(prefix.max())}")
+        if prefix.numel() and not 0 <= int((p := prefix.long()).min()) <= int(p.max()) < end:
+            raise ValueError(f"prefix has to hold codes in 0..{end - 1}, not {int(p.min())}..{int(p.max())}")
 
 
 @functools.cache

@@ -103,10 +103,10 @@ def build_model(args):
 def check_sizes(args, model, disc):
     """ValueError where the images are too small, or too few, for what happens to them later in the run."""
     check_size(args.size, model.config.factor)
-    if disc:
+    if disc and args.disc_start - args.disc_warmup < args.max_steps:
         disc.check_size(*pair(args.size))
     vectors = KMEANS_BATCHES * args.batch_size * math.prod(side // model.config.factor for side in pair(args.size))
-    if args.kmeans_step and vectors < model.config.codebook_size:
+    if 0 < args.kmeans_step < args.max_steps and vectors < model.config.codebook_size:
         raise ValueError(f"--kmeans-step: {KMEANS_BATCHES} batches of {args.batch_size} images give k-means {vectors} "
                          f"vectors, fewer than its {model.config.codebook_size} codes")
 

@@ -233,7 +233,10 @@ class RunLog:
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         path = self.out / "config.json"
-        earlier = json.loads(path.read_text()) if path.exists() and start_step else {}
+        try:
+            earlier = json.loads(path.read_text()) if start_step else {}
+        except (OSError, ValueError):  # it is not there, or was cut short
+            earlier = {}
         versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
         config = {"command": sys.argv, "options": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
         if earlier:  # of a resumed run: the commands before
@@ -248,7 +251,8 @@ class RunLog:
         """
         for name in ("loss", "val_loss"):
             if not math.isfinite(row.get(name, 0.0)):
-                raise ValueError(f"{name} is {row[name]} at step {row['step']}: the last checkpoint stands")
+                where = f"{name} is {row[name]} at step {row['step']}"
+                raise ValueError(f"{where}: go on from state.pt.previous, with a lower --lr")
         if not self.writes:
             return
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

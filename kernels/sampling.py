@@ -220,7 +220,7 @@ def sample_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, 
         raise ValueError(f"sample_codes needs noise [{B}, L] and index [1] for logits [{R}, {V}], got {got}")
     if not greedy and not 0 < temperature < math.inf:
         raise ValueError(f"sample_codes: temperature has to be above 0, not {temperature}")
-    if top_k < 0 or top_k != int(top_k):
+    if not (top_k >= 0 and top_k % 1 == 0):
         raise ValueError(f"sample_codes: top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"sample_codes: top_p has to be in (0, 1], not {top_p}")

@@ -131,6 +131,14 @@ def test_a_picture_is_in_one_split_however_it_is_written(tmp_path):
     (tmp_path / "more.jsonl").write_text(json.dumps(dict(image="a/./3.png", text="again")))
     with pytest.raises(ValueError, match="a/3.png is given for training and for validation"):
         both(tmp_path / "pairs.jsonl", val_data=tmp_path / "more.jsonl")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "deep" / "3.png")
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "3.png").symlink_to(tmp_path / "a" / "3.png")
+    names = "link/../3.png", "3.png", "a/3.png"  # the first is deep/3.png, the others are one
+    (tmp_path / "links.jsonl").write_text("\n".join(json.dumps(dict(image=n, text=n)) for n in names))
+    train, val = both(tmp_path / "links.jsonl", text=True)
+    assert sorted(train.captions + val.captions) == [["3.png", "a/3.png"], ["link/../3.png"]]
     with pytest.raises(FileNotFoundError, match="a: no .jsonl file, as the images to train on are"):
         both(tmp_path / "pairs.jsonl", val_data=tmp_path / "a")
 
@@ -410,6 +418,10 @@ def test_codes_and_captions_are_of_the_same_pictures(kind, made):
         asked = condition(reader.rows([texts[1 % len(texts)] for texts in said]), 9, kind)
         found = file.condition(np.arange(len(kept)), np.ones(len(kept), int))
         assert len(asked) == len(found) and all(map(torch.equal, asked, found))
+        about = file.meta["text"]
+        file.check(text=dict(about, t5="elsewhere") if kind == "t5" else about)  # a path is no identity
+        with pytest.raises(ValueError, match="has the text {'length': 9}, {'length': 8} is expected"):
+            file.check(text=dict(about, length=8))
     assert sum(map(len, files)) == 39
 
 

@@ -115,6 +115,18 @@ def test_train_and_val_folders(tmp_path):
         train, val = load_images(size=8, **kwargs)
         assert (len(train), len(val)) == (8, 4) and train.class_names == ["a", "b"]
         assert {p.parts[-3] for p in train.images} == {"train"} and {p.parts[-3] for p in val.images} == {"val"}
+    make_folder(tmp_path / "more", n=1, start=200)
+    train, val = load_images(tmp_path / "x", 8, val_data=tmp_path / "more")
+    assert {p.parts[-3] for p in train.images} == {"train"} and {p.parts[-3] for p in val.images} == {"more"}
+    (tmp_path / "link").symlink_to(tmp_path / "x" / "train")
+    with pytest.raises(ValueError, match="is given for training and for validation"):
+        load_images(tmp_path / "x/train", 8, val_data=tmp_path / "link")
+    (tmp_path / "more" / "a" / "same.png").symlink_to(tmp_path / "x" / "train" / "a" / "001.png")
+    with pytest.raises(ValueError, match="a/001.png is given for training and for validation"):
+        load_images(tmp_path / "x/train", 8, val_data=tmp_path / "more")
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="a.jsonl is not a folder, as the images to train on are"):
+        load_images(tmp_path / "x/train", 8, val_data=tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="a/000.png is given for training and for validation"):
         load_images(tmp_path / "x/train", 8, val_data=tmp_path / "x/val/../train")
     (tmp_path / "x/val/b").rename(tmp_path / "x/val/c")

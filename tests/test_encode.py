@@ -136,7 +136,7 @@ def test_what_was_interrupted_goes_on(pictures, whole, tmp_path, monkeypatch, ca
     (out / "train.parts" / "00003" / "meta.json").unlink()
     assert two(pictures, out, part=2) == [0, 0] and files(out) == whole
     seen = watched(monkeypatch)
-    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode again"):
+    with pytest.raises(ValueError, match="codes holds finished codes"):
         run(pictures, out)
     assert not seen and files(out) == whole
 
@@ -206,9 +206,17 @@ def test_a_kill_while_parts_are_removed(pictures, whole, tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", rmtree)
         run(pictures, out)
     assert (out / "train.parts").is_dir()
-    with pytest.raises(ValueError, match="codes holds finished codes: remove the folder to encode again"):
+    (out / "mine.parts").mkdir()
+    with pytest.raises(ValueError, match="codes holds finished codes: remove train, val and result.json in it to"):
         run(pictures, out)
+    (out / "mine.parts").rmdir()  # it is not ours
     assert files(out) == whole
+
+
+def test_a_folder_of_another_script(pictures, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="result.json is there, and no codes are beside it: give another --out"):
+        run(pictures, tmp_path)
 
 
 def held(pictures, out):

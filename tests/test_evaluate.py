@@ -518,7 +518,7 @@ def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):
         ("names.npz", "holds no arr_0"), ("one.npz", "holds 1 image: statistics need two"),
         ("black.npz", r"same features \(all black\?\)"), ("text.npz", "not a readable npz"), ("none.npz", "no such"),
         ("empty", "holds no images"), ("sizes", "1.png is 40 x 20 pixels, 0.png 40 x"),
-        ("small.npz", "the samples are 40 x 20 pixels, those of .*a.npz 40 x 40: sample.py resizes with --size"),
+        ("small.npz", "the samples are 40 x 20 pixels, those of .*a.npz 40 x 40: they have to be alike"),
     ):
         where = "--inception", network, "--out", tmp_path / "out.json", "--cache", tmp_path / "cache"
         error = fails(monkeypatch, capsys, "gen", "--samples", tmp_path / name, "--ref", pictures / "a.npz", *where)

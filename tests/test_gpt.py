@@ -168,6 +168,12 @@ def test_a_preset_more_of_a_width_changes_no_published_file(tmp_path, monkeypatc
     assert GPT.from_pretrained(tmp_path / "gpt.pt", grid=(2, 2)).config.n_head == 12
 
 
+def test_shares_that_cannot_be():
+    for change in (dict(dropout=1.5), dict(cond_dropout=-0.1), dict(dropout=math.nan)):
+        with pytest.raises(ValueError, match=r"have to be in \[0, 1\]"):
+            GPTConfig(**SMALL | change)
+
+
 def test_parametrizations_have_names_of_their_own():
     model = small()
     layer = model.layers[0].feed_forward.w13

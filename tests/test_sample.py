@@ -60,7 +60,7 @@ def test_completing_images(kind, given, stop):
     model = small_gpt(**TEXT if kind == "text" else {})
     cond, mask = text_condition() if kind == "text" else (torch.tensor([0, 2, 1]), None)
     prefix = torch.randint(16, (3, given), generator=torch.Generator().manual_seed(given))
-    codes = generate(model, cond, mask, cfg_scale=3.0, cfg_stop=stop, greedy=True, prefix=prefix.int())
+    codes = generate(model, cond, mask, cfg_scale=3.0, cfg_stop=stop, greedy=True, prefix=prefix.to(torch.uint16))
     expected, guided = prefix, 8 if stop < 0 else stop
     while expected.shape[1] < 8:
         logits = model(expected, cond, mask)[0][:, -1].double()
@@ -215,7 +215,9 @@ def test_greedy():
     (dict(cond=3), "cond has to be a tensor with a condition for each image, not 3"), (dict(top_k=0.5), "top_k"),
     (dict(prefix=torch.zeros(1, 8, dtype=torch.long)), r"prefix has to be codes \[1, t < 8\], not \[1, 8\]"),
     (dict(prefix=torch.zeros(2, 3, dtype=torch.long)), "prefix has to be codes"),
-    (dict(prefix=torch.zeros(1, 3)), "prefix has to be codes"),
+    (dict(prefix=torch.zeros(1, 3)), "prefix has to be a tensor of codes, not torch.float32"),
+    (dict(prefix=[[1, 2]]), "prefix has to be a tensor of codes, not <class 'list'>"),
+    (dict(top_k=float("inf")), "top_k"), (dict(seed=2**64), "seed and first_index"),
     (dict(prefix=torch.full((1, 1), 16)), r"prefix has to hold codes in 0..15, not 16..16"),
     (dict(cond=torch.tensor([-1])), "labels have to be"), (dict(cond=torch.ones(0, dtype=torch.long)), "no condition"),
 ], ids=str)

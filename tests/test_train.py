@@ -318,16 +318,20 @@ def test_a_failing_evaluation_comes_after_the_checkpoint(name, pictures, codes, 
     (("--size", 16), "the discriminator needs images of at least 24 pixels a side, these are 16x16"),
     (("--kmeans-step", 5, "--batch-size", 1, "--codebook-size", 2305),
      "64 batches of 1 images give k-means 2304 vectors, fewer than its 2305 codes"),
+    (("--size", 16, "--max-steps", 20, "--disc-start", 30, "--disc-warmup", 11), "24 pixels a side"),
+    (("--size", 16, "--max-steps", 20, "--disc-start", 30, "--disc-warmup", 10), "none is not there"),
+    (("--kmeans-step", 5, "--max-steps", 5, "--batch-size", 1, "--codebook-size", 2305), "none is not there"),
     (("--size", 30), "--size 30 is no multiple of 4")], ids=lambda x: x[0] if isinstance(x, tuple) else "")
 def test_what_would_fail_later_is_said_at_once(change, message, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=message):  # before the pictures are missed
+    with pytest.raises((ValueError, FileNotFoundError), match=message):  # before the pictures are missed
         run(train_vq, monkeypatch, tmp_path / "out", "--preset", "tiny", "--data", "none", "--size", 24, *change)
     assert not (tmp_path / "out").exists()
 
 
 def test_resuming_needs_the_same_size(pictures, tmp_path, monkeypatch):
-    options = [*vq_options(pictures, *NO_DISC), "--max-steps", 1]
+    options = [*vq_options(pictures, *NO_DISC), "--max-steps", 1, "--size", 16]
     run(train_vq, monkeypatch, tmp_path, *options)
+    run(train_vq, monkeypatch, tmp_path, *options, 16, "--max-steps", 2, "--resume")
     with pytest.raises(ValueError, match=r"state.pt is of a run with other options \(size .*, not 8\)"):
         run(train_vq, monkeypatch, tmp_path, *options, "--size", 8, "--resume")
 
@@ -419,12 +423,17 @@ def test_other_classes_begin_anew(codes, tmp_path, monkeypatch, capsys):
         meta["class_names"] = meta["class_names"][::-1]
         (tmp_path / "codes" / split / "meta.json").write_text(json.dumps(meta))
     for folder, anew in ((codes, False), (tmp_path / "codes", True)):
+        init = torch.load(tmp_path / "a" / "gpt.pt")
+        init["codes"]["tokenizer_sha256"] = "ab" * 32
+        torch.save(init, tmp_path / "init.pt")
         run(train_gpt, monkeypatch, tmp_path / "b", *gpt_options(
-            folder, "--max-steps", 1, "--lr", 1e-9, "--init", tmp_path / "a" / "gpt.pt", "--resume", "no"))
+            folder, "--max-steps", 1, "--lr", 1e-9, "--init", tmp_path / "init.pt", "--resume", "no"))
         before, after = (torch.load(tmp_path / x / "gpt.pt")["model"] for x in "ab")
         same = [torch.allclose(before[x], after[x], atol=1e-6) for x in
                 ("cls_embedding.embedding_table.weight", "output.weight")]
-        said = "was trained on other classes: their embedding is re-initialised" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "init.pt was trained on codes of another tokenizer, " in out
+        said = "was trained on other classes: their embedding is re-initialised" in out
         assert same == [not anew, True] and said == anew
 
 

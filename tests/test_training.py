@@ -459,7 +459,9 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
         for how in ("yes", "auto"):
             with pytest.raises(ValueError, match=f"state.pt is of a run with other options .*{message}"):
                 run(train_gpt, monkeypatch, out, *options, *change, "--resume", how)
-    os.rename(out / "state.pt", out / "state.pt.previous")  # whatever took it away
+    torch.save({name: x for name, x in load(out / "state.pt").items() if name != "config"}, out / "state.pt")
+    os.rename(out / "state.pt", out / "state.pt.previous")  # of an earlier version, and whatever took it away
+    (out / "config.json").write_text('{"cut')
     found = run(train_gpt, monkeypatch, out, *options, "--max-steps", 2, "--resume", "auto")
     assert series(found, "step") == [1, 1, 2, 2]
     assert series(run(train_gpt, monkeypatch, out, *options, "--resume", "no"), "step") == [1, 1]
