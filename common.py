@@ -131,6 +131,13 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(path, text):
+    """A text file, whole or not at all: written under another name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
 class Unreadable(ValueError):
     """A file that is no checkpoint, or was damaged."""
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import kernels
 from codes import CodeFile, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
-from common import make_folder, rank_and_world, read_file, save_grid, to_uint8
+from common import make_folder, rank_and_world, read_file, save_grid, to_uint8, write_whole
 from crops import as_size, check_size
 from data import (
     BAD_SHARE,
@@ -104,9 +104,7 @@ def write_result(path, result, hide=()):
     """One JSON file, whole or not at all, and the same but for `hide` on the screen; the first process alone."""
     if rank_and_world()[0]:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.rename(path)
+    write_whole(path, json.dumps(result, indent=1))
     for name, value in ((name, value) for name, value in result.items() if name not in hide):
         print(f"{name:26}{value:.4f}" if isinstance(value, float) else f"{name:26}{value}")
     print(f"{'written':26}{path}")

@@ -41,6 +41,7 @@ from common import (
     save_grid,
     to_uint8,
     whole_characters,
+    write_whole,
 )
 from distributed import barrier, processes, total
 from gpt import GPT
@@ -289,8 +290,7 @@ class Parts:
         path, text = self.folder / "request.json", json.dumps(request, indent=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not any(self.folder.glob("*.npy")):
-            path.with_suffix(".tmp").write_text(text)
-            path.with_suffix(".tmp").rename(path)
+            write_whole(path, text)
         old, new = json.loads(path.read_text()), json.loads(text)
         differ = [f"{name} {old.get(name)}, not {new[name]}" for name in new if old.get(name) != new[name]]
         if differ:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from command_line import DEVICE_HELP
-from common import make_folder, rank_and_world
+from common import make_folder, rank_and_world, write_whole
 from distributed import local, total, whole
 
 log = logging.getLogger(__name__)
@@ -241,8 +241,7 @@ class RunLog:
         config = {"command": sys.argv, "options": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
         if earlier:  # of a resumed run: the commands before
             config["earlier"] = [*earlier.pop("earlier", []), earlier]
-        path.with_suffix(".tmp").write_text(json.dumps(config, indent=1))
-        path.with_suffix(".tmp").rename(path)
+        write_whole(path, json.dumps(config, indent=1))
 
     def write(self, **row):
         """Append one object, numbers rounded to six digits; ValueError, and no row, if a loss is not finite.

@@ -460,6 +460,8 @@ def test_what_resuming_asks_for(codes, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=f"state.pt is of a run with other options .*{message}"):
                 run(train_gpt, monkeypatch, out, *options, *change, "--resume", how)
     torch.save({name: x for name, x in load(out / "state.pt").items() if name != "config"}, out / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt is of a run with other options .cos .7, 8., not .5, 8.."):
+        run(train_gpt, monkeypatch, out, "--codes", tmp_path / "narrow", *options[2:], "--resume")
     os.rename(out / "state.pt", out / "state.pt.previous")  # of an earlier version, and whatever took it away
     (out / "config.json").write_text('{"cut')
     found = run(train_gpt, monkeypatch, out, *options, "--max-steps", 2, "--resume", "auto")
