@@ -38,7 +38,7 @@ from data import (
     eval_batches,
     load_images,
 )
-from distributed import barrier, everyone, processes, total
+from distributed import barrier, everyone, in_turn, processes, total
 from gpt import GPT
 from inception import POOL, Images, Inception, features, open_rows
 from losses import LPIPS
@@ -180,7 +180,8 @@ def recon(args):
             if name == "rfid":
                 network = Inception.from_pretrained(args.inception).to(device)
             else:
-                lpips = LPIPS().to(device)
+                with in_turn():
+                    lpips = LPIPS().to(device)
         except (FileNotFoundError, ImportError) as error:
             if name == "rfid" and args.inception:
                 raise

@@ -164,7 +164,8 @@ def train(args, device, rank, world, asked):
     check_sizes(args, model, disc)
     train_set, val_set = load_images(args.data, args.size, args.val_data, bad_share=args.bad_share)
     train_set.flip = train_set.flip and args.flip
-    lpips = LPIPS().to(device) if args.perceptual_weight else None
+    with distributed.in_turn():
+        lpips = LPIPS().to(device) if args.perceptual_weight else None
 
     model = model.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -620,6 +621,21 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
         monkeypatch.setenv(name, value)
     with distributed.processes("auto") as found:
         assert found == (torch.device("cuda:0"), 0, 1) and backends == ["cpu:gloo,cuda:nccl"] and current[-1] == 0
+
+
+def test_what_is_fetched_is_fetched_once_a_node(monkeypatch):
+    """The first process before the others, also where it fails: they must not wait for it for ever."""
+    order = []
+    monkeypatch.setattr(distributed, "agree", lambda _: order.append("met"))
+    for local, expected in (("0", ["fetched", "met"]), ("1", ["met", "fetched"])):
+        for error in (None, FileNotFoundError):
+            monkeypatch.setenv("LOCAL_RANK", local)
+            with pytest.raises(error) if error else nullcontext(), distributed.in_turn():
+                order.append("fetched")
+                if error:
+                    raise error
+            assert order == expected
+            order.clear()
 
 
 def test_a_gpu_has_a_number(monkeypatch):
