@@ -3,10 +3,12 @@
 B, 3, H, W: pixels in [-1, 1]; A: augmentations of a picture.
 """
 
+import atexit
 import functools
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -316,6 +318,15 @@ def _leave_signals_to_the_run(_):
     """Workers outlive SIGTERM and SIGINT, which reach whole groups of processes: the run ends them after its step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """At the end: an error may still hold a loader, and Python would wait for its workers, which ignore SIGTERM."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take it for an accident
+            worker.kill()
 
 
 def _workers(n):

@@ -72,6 +72,19 @@ def start(main, out, *options, world=0, before=list):
     return children
 
 
+def group():
+    """What torchrun tells its only process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+
+
+def python(code, env):
+    """Run it in an interpreter of its own, which has a minute to end."""
+    how = dict(env=os.environ | env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], **how)
+
+
 def finish(children):
     """Their exit codes."""
     return [child.join(300) or child.exitcode for child in children]
@@ -325,12 +338,21 @@ with distributed.processes("cpu"):
     import torch._dynamo
     distributed.total(torch.ones(1))
 print(*(open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")))"""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        env = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    how = dict(env=os.environ | env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
-    threads = subprocess.run([sys.executable, "-c", code], **how).stdout
+    threads = python(code, group()).stdout
     assert "python" in threads and "gloo" not in threads
+
+
+@pytest.mark.parametrize("world", [0, 1])
+def test_an_error_ends_a_run_with_workers(world, pictures):
+    """They outlive SIGTERM, by which Python would end them, and the error still holds what reads from them."""
+    code = f"""import pathlib, command_line, data, distributed
+def main():
+    with distributed.processes("cpu"):
+        batches = data.image_batches(data._scan(pathlib.Path({str(pictures)!r})), 16, 2, seed=0, workers=2)
+        raise ValueError(f"after a batch of {{len(next(batches)[0])}}")
+command_line.cli(main)"""
+    done = python(code, group() if world else {})
+    assert done.returncode == 2 and done.stderr.endswith("error: after a batch of 2\n")
 
 
 def test_one_process_goes_on_as_two(codes, tmp_path):
