@@ -189,7 +189,7 @@ def read_weights(path):
     return weights, content.get("config")
 
 
-KINDS = {"an image tokenizer": "quantize.embedding.weight", "a GPT": "tok_embeddings.weight"}  # and what tells them
+KINDS = {"an image tokenizer": "quant_conv.weight", "a GPT": "tok_embeddings.weight"}  # and what tells them
 
 
 def check_kind(weights, path, want):

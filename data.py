@@ -320,13 +320,15 @@ def _leave_signals_to_the_run(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers():
     """At the end: an error may still hold a loader, and Python would wait for its workers, which ignore SIGTERM."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take it for an accident
             worker.kill()
+
+
+atexit.register(_end_workers)
 
 
 def _workers(n):

@@ -68,7 +68,7 @@ class GPTConfig:
             raise ValueError(f"grid has to be (rows, columns), not {self.grid}")
         if not (0 <= self.dropout <= 1 and 0 <= self.cond_dropout <= 1):
             raise ValueError(f"dropout {self.dropout} and cond_dropout {self.cond_dropout} have to be in [0, 1]")
-        for name, known in (("cond", ("class", "text", "tokens")), ("cond_rope", ("identity", "zero"))):
+        for name, known in (("cond", CONDITIONS), ("cond_rope", ("identity", "zero"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} has to be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.cond == "class" and self.n_cond != 1:

@@ -45,6 +45,7 @@ from common import (
 )
 from distributed import barrier, processes, total
 from gpt import GPT
+from kernels.sampling import check_settings
 from losses import import_torchvision
 from t5 import clean_caption
 from vq import VQModel
@@ -67,12 +68,7 @@ def check_request(
         raise ValueError(f"cond has to be a tensor with a condition for each image, not {cond!r}")
     if grid != (has := model.config.grid):
         raise ValueError(f"the model generates {has} codes, not {grid}: load it, or set_grid, for another grid")
-    if not greedy and not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature has to be above 0, not {temperature} (greedy=True takes the likeliest code)")
-    if not (top_k >= 0 and top_k % 1 == 0):
-        raise ValueError(f"top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p has to be in (0, 1], not {top_p}")
+    check_settings(temperature, top_k, top_p, greedy)
     if not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale has to be a finite number, not {cfg_scale}")
     if cfg_stop < -1:

@@ -196,6 +196,16 @@ def _(logits, noise, index, cfg_scale, temperature, top_k, top_p, greedy, guided
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
+def check_settings(temperature, top_k, top_p, greedy):
+    """ValueError for those that cannot be sampled with."""
+    if not greedy and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature has to be above 0, not {temperature} (greedy=True takes the likeliest code)")
+    if not (top_k >= 0 and top_k % 1 == 0):
+        raise ValueError(f"top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p has to be in (0, 1], not {top_p}")
+
+
 def sample_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, greedy=False, guided=False):
     """Draw a code per image: top-k, then top-p, then the cumulative distribution of what they keep inverted at u.
 
@@ -218,12 +228,7 @@ def sample_codes(logits, noise, index, cfg_scale=1.0, temperature=1.0, top_k=0, 
     if not greedy and (noise.dim() != 2 or len(noise) != B or not noise.shape[1] or index.shape != (1,)):
         got = f"{(*noise.shape,)} and {(*index.shape,)}"
         raise ValueError(f"sample_codes needs noise [{B}, L] and index [1] for logits [{R}, {V}], got {got}")
-    if not greedy and not 0 < temperature < math.inf:
-        raise ValueError(f"sample_codes: temperature has to be above 0, not {temperature}")
-    if not (top_k >= 0 and top_k % 1 == 0):
-        raise ValueError(f"sample_codes: top_k has to be 0 (all codes) or a larger whole number, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"sample_codes: top_p has to be in (0, 1], not {top_p}")
+    check_settings(temperature, top_k, top_p, greedy)
     why = "" if V <= MAX_CODES else f"rows of {V} codes are wider than {MAX_CODES}"
     noise, index = (None, None) if greedy else (noise, index)
     args = logits.detach(), noise, index, float(cfg_scale), float(temperature), int(top_k), float(top_p), greedy, guided

@@ -1,5 +1,4 @@
-"""The README's tables of what a GPU gives: predictions and targets from the benchmarks, figures from benchmarks/<gpu>/;
-and the lines of each file.
+"""The README's tables of what a GPU gives: predictions and targets from the benchmarks, figures from benchmarks/<gpu>/.
 
     python tests/tables.py [--check]    # writes them between their markers; --check: only says whether they are there
 
@@ -187,15 +186,8 @@ def tokenizer_table():
     return markdown(head, rows)
 
 
-def lines(path):
-    """Of a file, or of all scripts and texts in a folder."""
-    files = [path] if path.is_file() else [p for end in ("py", "sh", "md") for p in path.glob(f"*.{end}")]
-    return sum(len(file.read_text().splitlines()) for file in files)
-
-
 def fill(text):
     """The README with its tables as they have to be."""
-    text = re.sub(r"^(\| `(\S+)` \| )[\d,]+ \|", lambda row: f"{row[1]}{lines(ROOT / row[2]):,} |", text, flags=re.M)
     tables = dict(kernels=kernels_table, sampling=sampling_table, training=training_table, tokenizer=tokenizer_table)
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
