@@ -117,9 +117,12 @@ def cli(main):
         raise  # the process dies of the signal, and a shell's loop ends with it
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not memory:
+        killed = str(error).startswith("DataLoader worker")
+        if os.environ.get("NANOLLAMAGEN_TRACE") or isinstance(error, RuntimeError) and not (memory or killed):
             raise
         reason = f"out of memory: {str(error).splitlines()[0]}" if memory else error
+        if killed:
+            reason = f"a process of --workers was killed, perhaps for its memory: give fewer ({error})"
         if isinstance(error, OSError) and error.strerror and error.filename:
             reason = f"{error.filename}: {error.strerror}"
         for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own, and is the last

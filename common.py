@@ -131,11 +131,25 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path, text):
-    """A text file, whole or not at all: written under another name, then renamed."""
+@contextmanager
+def writing(path):
+    """Yields another name to write to, which becomes `path` at the end: the file is whole, or as it was before.
+
+    OSError, with the file's name, where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:  # of a full disk it names no file, NumPy's not even the reason
+        temporary.unlink(missing_ok=True)
+        raise error if error.filename else OSError(f"{path} could not be written: {error}") from None
+
+
+def write_whole(path, text):
+    """A text file, whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_text(text)
 
 
 class Unreadable(ValueError):

@@ -311,7 +311,14 @@ def _collate(items):
     if not good:
         return None, None, None, unreadable
     images, labels, indices, _ = zip(*good, strict=True)
-    return _stack(images), torch.tensor(labels), torch.tensor(indices), unreadable
+    batch = _stack(images), torch.tensor(labels), torch.tensor(indices)
+    try:
+        if torch.utils.data.get_worker_info():  # here, where errors are heard: a thread would lose the batch, and go on
+            batch = [x.share_memory_() for x in batch]
+    except RuntimeError:
+        room = f"{images[0].numel() * 4 * len(images) / 2**20:.0f} MiB of shared memory"
+        return None, None, None, f"--workers need room for batches of {room} in /dev/shm (docker run --shm-size)"
+    return *batch, unreadable
 
 
 def _leave_signals_to_the_run(_):
@@ -344,6 +351,8 @@ def _batches(image_set, views, batch_sampler, workers):
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # leaves the global generator untouched
     seen = {}
     for images, labels, indices, unreadable in loader:
+        if isinstance(unreadable, str):
+            raise OSError(unreadable)
         for index, error in unreadable:
             if index in seen:
                 continue

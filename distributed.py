@@ -14,6 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import pick_device, rank_and_world
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one folder are not told apart
+    fcntl = None
+
 
 def by_torchrun():
     """Did torchrun start this process, be it the only one? (RANK alone is what some clusters set.)"""
@@ -97,6 +102,27 @@ def everyone(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def alone(out, rank):
+    """OUT belongs to this run, all its processes, until it ends or is killed; ValueError where another is writing."""
+    file, refused = None, False
+    if rank == 0 and fcntl:
+        file = open(out / ".lock", "ab")  # it stays: removing it would be a race
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused = True
+            file.close()
+        except OSError:  # a file system without locks
+            pass
+        else:
+            os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
+    if everyone(refused)[0]:
+        raise ValueError(f"another run is writing to {out}: wait until it ends, or give another --out")
+    with file or nullcontext():
+        yield
 
 
 def parallel(model, device):

@@ -14,10 +14,9 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,14 +40,9 @@ from data import (
     load_images,
     too_many,
 )
-from distributed import barrier, everyone, processes, say
+from distributed import alone, barrier, everyone, processes, say
 from t5 import T5Encoder
 from vq import VQModel
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one folder are not told apart
-    fcntl = None
 
 PLACES = ["centre", "top left", "top right", "bottom left", "bottom right"]  # of ten_crop
 PART = 4096  # images of a part, which is what an interrupted run may lose
@@ -145,27 +139,6 @@ def caption_reader(args, splits, device):
         captions = itertools.islice((caption for texts in captions for caption in texts), 0, None, every)
         model = train_tokenizer(captions, args.text_vocab or 8192, args.text_pieces or "unigram")
     return CaptionTokens(everyone(model)[0], args.text_length)
-
-
-@contextmanager
-def alone(out, rank):
-    """OUT belongs to this run, all its processes, until it ends or is killed; ValueError where another is writing."""
-    file, refused = None, False
-    if rank == 0 and fcntl:
-        file = open(out / ".lock", "ab")  # it stays: removing it would be a race
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refused = True
-            file.close()
-        except OSError:  # a file system without locks
-            pass
-        else:
-            os.register_at_fork(after_in_child=file.close)  # workers, which may outlive a kill, hold nothing
-    if everyone(refused)[0]:
-        raise ValueError(f"another run is writing to {out}: wait until it ends, or give another --out")
-    with file or nullcontext():
-        yield
 
 
 def pictures_sha256(image_set):

@@ -42,6 +42,7 @@ from common import (
     to_uint8,
     whole_characters,
     write_whole,
+    writing,
 )
 from distributed import barrier, processes, total
 from gpt import GPT
@@ -296,10 +297,8 @@ class Parts:
         return self.folder / f"{start:08}.npy"
 
     def save(self, start, images):
-        temporary = self.path(start).with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with writing(self.path(start)) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
-        temporary.rename(self.path(start))
 
     def load(self, starts):
         """The parts, one after the other, as memory maps."""
@@ -308,8 +307,8 @@ class Parts:
 
 def save_npz(path, n, parts, labels):
     """arr_0: n images [n, H, W, 3] of an iterable of parts, which are never in memory together; arr_1: labels [n]."""
-    temporary, count = path.with_name(path.name + ".tmp"), 0
-    with zipfile.ZipFile(temporary, "w") as archive:
+    count = 0
+    with writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for part in parts:
                 if not count:
@@ -319,9 +318,8 @@ def save_npz(path, n, parts, labels):
                 count += len(part)
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels)
-    if count != n:
-        raise RuntimeError(f"{count} images for an npz of {n}")
-    temporary.rename(path)
+        if count != n:
+            raise RuntimeError(f"{count} images for an npz of {n}")
 
 
 # The command

@@ -293,7 +293,8 @@ def main():
             raise ValueError("--fsdp shards over torchrun's processes: torchrun --nproc_per_node=8 -- train_gpt.py ...")
         training.check_training_options(args, world)
         checkpoints.find(args)
-        train(args, device, rank, world, asked)
+        with distributed.alone(common.make_folder(args.out), rank):
+            train(args, device, rank, world, asked)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,8 @@ def main():
     with distributed.stopping() as asked, distributed.processes(args.device) as (device, rank, world):
         training.check_training_options(args, world)
         checkpoints.find(args)
-        train(args, device, rank, world, asked)
+        with distributed.alone(common.make_folder(args.out), rank):
+            train(args, device, rank, world, asked)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ class RunLog:
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start_step else []
         old = [line for line in old if line.endswith("\n")]  # a killed run may have cut its last line short
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start_step]  # a resumed run redoes the rest
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         path = self.out / "config.json"
         try:
             earlier = json.loads(path.read_text()) if start_step else {}

@@ -448,6 +448,16 @@ def test_workers_leave_signals_to_the_run(tmp_path, number):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork, or should not")
+def test_workers_without_shared_memory_end_the_run(monkeypatch):
+    """Containers have little; PyTorch's queue would lose the batch in a thread, and the run would wait for ever."""
+    full = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"^--workers need room for batches of 3 MiB of shared memory in /dev/shm"):
+        next(image_batches(plain_set(4), 256, 4, seed=0, workers=1))
+    next(image_batches(plain_set(4), 256, 4, seed=0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork, or should not")
 def test_workers_are_forked():
     """Whatever the default is (from Python 3.14 on another): they share the set, which need not be pickled."""
     before = multiprocessing.get_start_method()

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from test_train import VQ
 
+import distributed
 import encode
 from captions import CaptionWriter
 from codes import CodeFile
@@ -264,7 +265,7 @@ def test_a_killed_run_leaves_no_lock(pictures, whole, tmp_path):
     out, fork = tmp_path / "codes", multiprocessing.get_context("fork")
 
     def start(pipe):
-        with encode.alone(out, 0):
+        with distributed.alone(out, 0):
             child = fork.Process(target=time.sleep, args=(60,))
             child.start()
             pipe.send(child.pid)
@@ -290,7 +291,7 @@ def test_where_there_are_no_locks(pictures, whole, tmp_path, monkeypatch, how):
     def flock(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(encode, "fcntl", None) if how == "system" else monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(distributed, "fcntl", None) if how == "system" else monkeypatch.setattr(fcntl, "flock", flock)
     run(pictures, tmp_path / "codes", part=100)
     assert files(tmp_path / "codes") == whole
 

@@ -503,3 +503,14 @@ def test_the_benchmark_compares_the_same_computation(monkeypatch, capsys):
     rows = bench_sample.on_cpu(PRESETS["tiny"] | dict(vocab_size=500), (2, 4), 1, 1)
     assert [row["method"] for row in rows] == ["ours", "full cache", "products", "recompute"] * 2
     assert all(row["seconds"] > 0 for row in rows) and "full cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError("1960 requested and 1432 written"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_named(error, tmp_path, monkeypatch):
+    """NumPy and the system do not tell the file; the one from before stays, and nothing else does."""
+    parts, images = sample.Parts(tmp_path), np.zeros((1, 8, 8, 3), np.uint8)
+    parts.save(0, images)
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match=f"{parts.path(0)} could not be written: .*{re.escape(error.args[-1])}"):
+        parts.save(0, images)
+    assert list(tmp_path.iterdir()) == [parts.path(0)] and next(parts.load([0])).shape == images.shape

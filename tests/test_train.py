@@ -18,6 +18,7 @@ import checkpoints
 import command_line
 import common
 import demo
+import distributed
 import encode
 import evaluate
 import losses
@@ -114,7 +115,7 @@ def test_run_folder_of_the_tokenizer(pictures, tmp_path, monkeypatch):
         pictures, *NO_DISC, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--save-every", 2,
         "--usage-window", 700, "--entropy-weight", 0.1, "--codebook-weight", 0.5, "--lr", 2e-3))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.json", "log.jsonl", "loss.png", "reconstructions.png", "reconstructions_000002.png",
+        ".lock", "config.json", "log.jsonl", "loss.png", "reconstructions.png", "reconstructions_000002.png",
         "reconstructions_000004.png", "result.json", "state.pt", "state.pt.previous", "vq.pt"]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and len(series(rows, "val_loss")) == 3
@@ -138,7 +139,7 @@ def test_run_folder_of_the_gpt(codes, tmp_path, monkeypatch):
     rows = run(train_gpt, monkeypatch, tmp_path, *gpt_options(
         codes, "--max-steps", 5, "--eval-every", 2, "--picture-every", 2, "--n-kv-head", 1, "--cond-rope", "zero"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "codes.png", "config.json", "gpt.pt", "log.jsonl", "loss.png", "result.json", "samples.png",
+        ".lock", "codes.png", "config.json", "gpt.pt", "log.jsonl", "loss.png", "result.json", "samples.png",
         "samples_000002.png", "samples_000004.png", "state.pt"]
     steps = [row for row in rows if "loss" in row]
     assert set(steps[0]) == {"step", "loss", "grad_norm", "lr", "dt_ms", "tokens_per_s", "mem_gib"}
@@ -325,7 +326,17 @@ def test_a_failing_evaluation_comes_after_the_checkpoint(name, pictures, codes, 
 def test_what_would_fail_later_is_said_at_once(change, message, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=message):  # before the pictures are missed
         run(train_vq, monkeypatch, tmp_path / "out", "--preset", "tiny", "--data", "none", "--size", 24, *change)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["vq", "gpt"])
+def test_two_runs_into_one_folder_are_refused(name, pictures, codes, tmp_path, monkeypatch):
+    """One may outlive its torchrun, and be started again."""
+    options = [*(vq_options(pictures, *NO_DISC) if name == "vq" else gpt_options(codes)), "--max-steps", 1]
+    with distributed.alone(tmp_path, 0), pytest.raises(ValueError, match=f"another run is writing to {tmp_path}"):
+        run(RUNS[name][0], monkeypatch, tmp_path, *options, "--resume", "auto")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    run(RUNS[name][0], monkeypatch, tmp_path, *options)
 
 
 def test_resuming_needs_the_same_size(pictures, tmp_path, monkeypatch):
@@ -453,7 +464,7 @@ def test_codes_of_another_tokenizer_are_refused(codes, tmp_path, monkeypatch):
     (tmp_path / "mixed" / "val" / "meta.json").write_text(json.dumps(meta | dict(tokenizer_sha256="ab" * 32)))
     with pytest.raises(ValueError, match="val/meta.json .* has the tokenizer_sha256"):
         run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(tmp_path / "mixed", "--max-steps", 1))
-    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def test_weights_that_do_not_fit_the_codes_are_refused(codes, tmp_path, monkeypatch):
@@ -580,7 +591,7 @@ def test_flip(flag, mirrored, pictures, tmp_path, monkeypatch):
 def test_impossible_options_are_refused(options, message, codes, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         run(train_gpt, monkeypatch, tmp_path / "a", *gpt_options(codes, "--max-steps", 1, *options))
-    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def test_learning_rates():

@@ -355,6 +355,20 @@ command_line.cli(main)"""
     assert done.returncode == 2 and done.stderr.endswith("error: after a batch of 2\n")
 
 
+def test_a_killed_worker_is_told(pictures):
+    """The system kills what takes too much memory."""
+    code = f"""import multiprocessing, pathlib, command_line, data
+def main():
+    batches = data.image_batches(data._scan(pathlib.Path({str(pictures)!r})), 16, 2, seed=0, workers=2)
+    next(batches)
+    multiprocessing.active_children()[0].kill()
+    for _ in batches:
+        pass
+command_line.cli(main)"""
+    done = python(code, {})
+    assert done.returncode == 2 and "error: a process of --workers was killed, perhaps for its memory" in done.stderr
+
+
 def test_one_process_goes_on_as_two(codes, tmp_path):
     options, (a, b) = gpt_options(codes, *BARE, "--max-steps", 20), (tmp_path / "a", tmp_path / "b")
     children = start(train_gpt.main, a, *options) + start(train_gpt.main, b, *options, "--max-steps", 10)
