@@ -2,8 +2,8 @@
 
 Checked: no spills, shared memory that also the smaller cards of a family have, tensor-core instructions in the codebook
 search and in attention, copies of 16 bytes of cached keys and values. `python tests/test_compile.py [sm_90 ...]` takes
-all of them, in minutes, prints the table, and fails where pytest would; that takes HEAVY, and on sm_90 what figures
-were taken from.
+all of them, in minutes, prints the table, and fails where pytest would; that takes two GPUs, HEAVY, and on sm_90 what
+figures were taken from.
 """
 
 import collections
@@ -322,7 +322,7 @@ def figures():
             yield f"attention {part} D={D}" + " inside" * inside, "per_element", instructions, 0.06
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # the least alike; continuous integration takes all four
 def test_compile(target):
     pytest.importorskip("triton")
     taken = list(figures()) if target == "sm_90" and triton_version() == (3, 7) else []
