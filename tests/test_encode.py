@@ -69,7 +69,7 @@ def whole(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     run(pictures, out, part=100)
     found = files(out)
-    assert len(CodeFile(out / "train")) == 27 and len(CodeFile(out / "val")) == 9
+    assert len(found) == 14 and len(CodeFile(out / "train")) == 27 and len(CodeFile(out / "val")) == 9
     return found
 
 

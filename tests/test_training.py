@@ -338,8 +338,8 @@ with distributed.processes("cpu"):
     import torch._dynamo
     distributed.total(torch.ones(1))
 print(*(open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")))"""
-    threads = python(code, group()).stdout
-    assert "python" in threads and "gloo" not in threads
+    done = python(code, group())
+    assert done.returncode == 0 and "python" in done.stdout and "gloo" not in done.stdout
 
 
 @pytest.mark.parametrize("world", [0, 1])
