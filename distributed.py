@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -172,7 +172,9 @@ def stopping():
         if asked:
             os._exit(128 + number)
         asked.append(time.monotonic())
-        print(f"signal {number}: a checkpoint after this step, then the end (again: at once)", file=sys.stderr)
+        what = f"signal {number}: a checkpoint after this step, then the end (again: at once)\n"
+        with suppress(AttributeError, OSError):  # stderr may be closed
+            os.write(sys.stderr.fileno(), what.encode())  # print() would raise where the signal came within another
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,5 +1,6 @@
 """Runs that are disturbed: bad numbers, signals, kills, damaged files, full disks; and runs of two processes."""
 
+import io
 import json
 import math
 import multiprocessing.forkserver
@@ -107,6 +108,7 @@ def wait(path, pattern):
         time.sleep(0.01)
 
 
+TOLD = "signal {}: a checkpoint after this step, then the end (again: at once)"
 SIGNALS = {
     "gpt": (train_gpt, lambda p, c: gpt_options(c, "--dropout", 0.1), signal.SIGTERM, 0),
     "two": (train_gpt, lambda p, c: gpt_options(c, "--optimizer", "muon"), signal.SIGTERM, 2),  # the second hears it
@@ -150,6 +152,26 @@ def test_a_second_signal_ends_at_once(number, codes, tmp_path):
     os.kill(child.pid, number)
     child.join(10)
     assert child.exitcode == 128 + number and not (out / "state.pt").exists()
+
+
+class Interrupted(io.FileIO):
+    """A file that a signal meets while it is written to."""
+
+    def write(self, data):
+        signal.raise_signal(signal.SIGTERM)
+        return super().write(data)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_signal_while_the_bar_is_drawn(closed, tmp_path, monkeypatch):
+    """It is heard, and told where stderr is open."""
+    bar = io.TextIOWrapper(io.BufferedWriter(Interrupted(tmp_path / "stderr", "w")), line_buffering=True)
+    monkeypatch.setattr(sys, "stderr", None if closed else bar)
+    with distributed.stopping() as asked:
+        print("30%", file=bar)
+    assert len(asked) == 1
+    said = (tmp_path / "stderr").read_text()
+    assert said == "30%\n" if closed else sorted(said.split("\n"))[1:] == ["30%", TOLD.format(signal.SIGTERM.value)]
 
 
 def small(muon):
