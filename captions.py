@@ -125,7 +125,7 @@ def condition(rows, length, kind):
     return torch.from_numpy(cond.view(np.int16)).view(torch.bfloat16), torch.from_numpy(mask)
 
 
-def identity(about):
+def without_path(about):
     """What tells one reader from another, by what `about()` says: all but where its T5 lies."""
     return about and {name: value for name, value in about.items() if name != "t5"}
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import Module
 
 from common import Unreadable, rank_and_world, read_file, save_file
-from distributed import agree, everyone, local, say, sharded
+from distributed import agree, barrier, everyone, local, say, sharded
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def save_state(args, step, elapsed, parts, files, data=None):
 
         if first:
             remove(fresh)
-        agree(False)  # nobody writes before that
+        barrier()  # nobody writes before that
         failed = save_shards(fresh, parts)
     if first and not failed:
         try:

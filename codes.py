@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import CaptionFile, id_dtype, identity
+from captions import CaptionFile, id_dtype, without_path
 from common import file_sha256
 from data import check_batch, endless_positions
 from kernels import code_usage
@@ -131,10 +131,6 @@ class CodeFile:
     def __len__(self):
         return len(self.codes)
 
-    def __reduce__(self):
-        """Pickled (for DataLoader's processes) as the folder that it opens, not with what lies there."""
-        return CodeFile, (self.folder,)
-
     def _read(self, name, read):
         try:
             return read(self.folder / name)
@@ -167,7 +163,7 @@ class CodeFile:
     def check(self, **expected):
         """Raises ValueError where meta.json says otherwise: codes of another tokenizer, grid or set of classes."""
         for name, value in expected.items():
-            found, wanted = (identity(v) if name == "text" else v for v in (self.meta[name], value))
+            found, wanted = (without_path(v) if name == "text" else v for v in (self.meta[name], value))
             if found != wanted:
                 if isinstance(found, dict) and isinstance(wanted, dict):  # of the captions: what differs
                     keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]

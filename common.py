@@ -90,7 +90,8 @@ def pick_device(name):
 
 def rank_and_world():
     """(rank, number of processes) of this process: torchrun's, or (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if world > 1 else 0, world  # some clusters set RANK alone
 
 
 def autocast(device, dtype):
@@ -112,38 +113,31 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_file(path, content):
-    """torch.save under a temporary name, flushed to disk, then renamed: a file of this name is always whole.
-
-    OSError where it cannot be written (a full disk); the file of that name is then the one from before.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch's writer hides the system's reason
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
 def writing(path):
     """Yields another name to write to, which becomes `path` at the end: the file is whole, or as it was before.
 
     OSError, with the file's name, where it cannot be written.
     """
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:  # of a full disk it names no file, NumPy's not even the reason
+    except (OSError, RuntimeError) as error:  # of a full disk NumPy names no file, torch.save hides the reason
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise error if error.filename else OSError(f"{path} could not be written: {error}") from None
+
+
+def save_file(path, content):
+    """torch.save, flushed to disk before the file gets its name."""
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_whole(path, text):

@@ -83,17 +83,20 @@ def random_crop(img, size, rng, flip, scale=1.25):
     return ImageOps.mirror(img) if flip and rng.random() < 0.5 else img
 
 
-def ten_crop(img, size, scale):
-    """Centre and corners (top left, top right, bottom ...) of a centre crop at scale * size, then their mirrors.
+def ten_crops(img, size, scales, n):
+    """For each scale the first n of ten crops: centre and corners (top left, top right, bottom ...) of a centre crop
+    at scale * size, then their mirrors.
 
     The centre comes first: held-out losses and pictures of codes take the first.
     """
-    h, w = pair(size)
-    img = center_crop(img, (round(h * scale), round(w * scale)))
-    bottom, right = img.height - h, img.width - w
-    places = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
-    crops = [cut(img, top, left, h, w) for top, left in places]
-    return crops + [ImageOps.mirror(crop) for crop in crops]
+    (h, w), found = pair(size), []
+    for scale in scales:
+        whole = center_crop(img, (round(h * scale), round(w * scale)))
+        bottom, right = whole.height - h, whole.width - w
+        places = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
+        crops = [cut(whole, top, left, h, w) for top, left in places]
+        found += (crops + [ImageOps.mirror(crop) for crop in crops])[:n]
+    return found
 
 
 def to_tensor(img):

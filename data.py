@@ -30,9 +30,17 @@ BUILT_IN = ("digits", "emoji", "digits-text")
 DATA_HELP = f"{', '.join(BUILT_IN)}, a folder of images or of class folders, or a .jsonl file of captioned images"
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # names of folders that are no classes
 BAD_SHARE = 0.01  # of a set's images, that may have no usable pixels or caption
-VAL_DATA_HELP = "held-out images, a folder or file as DATA is (default: DATA/val, or a fixed 5%% of DATA)"
-BAD_SHARE_HELP = "share of images that may have no usable pixels or caption before the run stops"
 log = logging.getLogger(__name__)
+
+
+def add_data_options(group):
+    """The options that train_vq.py, encode.py and evaluate.py share."""
+    group.add_argument("--data", required=True, help=DATA_HELP)
+    group.add_argument("--val-data",
+                       help="held-out images, a folder or file as DATA is (default: DATA/val, or a fixed 5%% of DATA)")
+    group.add_argument("--bad-share", type=float, default=BAD_SHARE,
+                       help="share of images that may have no usable pixels or caption before the run stops")
+    group.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
 
 
 @dataclass
@@ -81,7 +89,7 @@ def load_images(data, size, val_data=None, text=False, bad_share=BAD_SHARE):
         pictures = ImageSet(**(builtin_sets.digits() if digits else builtin_sets.emoji(max(pair(size)))))
         splits = _hold_out(pictures, 0.1 if digits else 0.05)
     else:
-        read = _read_jsonl if Path(data).suffix == ".jsonl" else _scan
+        read = _scan_jsonl if Path(data).suffix == ".jsonl" else _scan
         splits = _split(Path(data), val_data, lambda path: read(path, text, bad_share))
         if text:  # after the split, which is the same with captions and without
             splits = [part.subset([i for i, texts in enumerate(part.captions) if texts]) for part in splits]
@@ -120,7 +128,7 @@ def _places(paths):
         yield os.path.realpath(place) if os.path.islink(place) else place
 
 
-def _read_jsonl(path, text, bad_share):
+def _scan_jsonl(path, text, bad_share):
     if not path.is_file():
         what = "no .jsonl file, as the images to train on are" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {what}")

@@ -24,27 +24,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captions import CaptionFeatures, CaptionTokens, CaptionWriter, identity, train_tokenizer
+from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokenizer, without_path
 from codes import CodeFile, CodeWriter
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
 from common import autocast, file_sha256, make_folder, rank_and_world
-from crops import as_size, center_crop, check_size, mirrored, ten_crop
-from data import (
-    BAD_SHARE,
-    BAD_SHARE_HELP,
-    DATA_HELP,
-    VAL_DATA_HELP,
-    check_images,
-    check_unusable,
-    eval_batches,
-    load_images,
-    too_many,
-)
+from crops import as_size, center_crop, check_size, mirrored, ten_crops
+from data import add_data_options, check_images, check_unusable, eval_batches, load_images, too_many
 from distributed import alone, barrier, everyone, processes, say
 from t5 import T5Encoder
 from vq import VQModel
 
-PLACES = ["centre", "top left", "top right", "bottom left", "bottom right"]  # of ten_crop
+PLACES = ["centre", "top left", "top right", "bottom left", "bottom right"]  # of ten_crops
 PART = 4096  # images of a part, which is what an interrupted run may lose
 
 
@@ -53,11 +43,8 @@ def options():
     what = parser.add_argument_group("what")
     what.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
     what.add_argument("--hub", action="store_true", help=HUB_HELP)
-    what.add_argument("--data", required=True, help=DATA_HELP)
-    what.add_argument("--val-data", help=VAL_DATA_HELP)
-    what.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
+    add_data_options(what)
     what.add_argument("--out", type=Path, required=True, help="folder for the code files")
-    what.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     crops = parser.add_argument_group("augmentations, all stored")
     crops.add_argument("--crops", choices=["center", "ten", "random"], default="ten",
                        help="ten: centre, corners and their mirrors, at each of --crop-scales")
@@ -119,11 +106,6 @@ def choose_crops(args, flip):
     return partial(ten_crops, scales=args.crop_scales, n=len(each)), names
 
 
-def ten_crops(img, size, scales, n):
-    """The first n of ten_crop at each of `scales`. (No lambda: processes that are spawned get it pickled.)"""
-    return [crop for scale in scales for crop in ten_crop(img, size, scale)[:n]]
-
-
 def caption_reader(args, splits, device):
     """What turns captions into rows, or None."""
     if args.text == "none":
@@ -154,7 +136,7 @@ def written(folder, meta):
     """How many images a whole part of a split has, or None; ValueError where it was encoded with other settings."""
     if not (folder / "meta.json").is_file():
         return None
-    found, wanted = ({**m, **m["part"], "part": None, "text": identity(m["text"])}
+    found, wanted = ({**m, **m["part"], "part": None, "text": without_path(m["text"])}
                      for m in (json.loads((folder / "meta.json").read_text()), meta))
     for name, value in wanted.items():
         if found.get(name) != value:

@@ -29,15 +29,7 @@ from codes import CodeFile, open_tokenizer
 from command_line import DEVICE_HELP, HUB_HELP, Parser, add_command, cli
 from common import make_folder, rank_and_world, read_file, save_grid, to_uint8, write_whole
 from crops import as_size, check_size
-from data import (
-    BAD_SHARE,
-    BAD_SHARE_HELP,
-    DATA_HELP,
-    VAL_DATA_HELP,
-    check_unusable,
-    eval_batches,
-    load_images,
-)
+from data import add_data_options, check_unusable, eval_batches, load_images
 from distributed import barrier, everyone, in_turn, processes, total
 from gpt import GPT
 from inception import POOL, Images, Inception, features, open_rows
@@ -247,6 +239,8 @@ def save_extremes(path, vq, images, size, psnrs, order):
 @torch.no_grad()
 def show_codes(args):
     """A random page of stored codes, decoded, and how often each code occurs."""
+    if rank_and_world()[0]:
+        return  # one page, of one process
     device, codes = args.device, CodeFile(args.codes)
     make_folder(args.out)
     vq = open_tokenizer(args.vq, codes, args.codes, device)
@@ -307,11 +301,8 @@ def options():
     commands = parser.add_subparsers(required=True)
     p = add_command(commands, "recon", recon, __doc__)
     p.add_argument("--vq", type=Path, required=True, help="tokenizer, ours or LlamaGen's")
-    p.add_argument("--data", required=True, help=DATA_HELP)
-    p.add_argument("--val-data", help=VAL_DATA_HELP)
-    p.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
+    add_data_options(p)
     p.add_argument("--split", default="val", choices=["val", "train"], help="of the data")
-    p.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
     p.add_argument("--out", type=Path, required=True, help="folder for recon.json and recon.png")
     p = add_command(commands, "gen", gen, __doc__)
     p.add_argument("--samples", type=Path, required=True, help="npz with arr_0, or folder of images")

@@ -126,7 +126,8 @@ def evaluate(model, codes, args, device, dtype):
         mine = (part if len(part) else images[:1]).numpy()  # a sharded model wants every process in every forward
         tokens = codes.tokens(mine).to(device)
         cond = (x.to(device) for x in codes.condition(mine))
-        with common.evaluating(model), common.autocast(device, dtype), training.uncompiled():
+        # Blocks run as they are written, not compiled: evaluations and pictures are rare, of many shapes.
+        with common.evaluating(model), common.autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             total += len(part) * model(tokens[:, :-1], *cond, targets=tokens)[1].cpu()
     return float(distributed.total(total)) / len(order)
 
@@ -215,7 +216,7 @@ def train(args, device, rank, world, asked):
         if rank > 0:
             return
         how = dict(batch_size=8, cfg_scale=args.sample_cfg_scale, top_k=args.sample_top_k)
-        with training.dispensable(name), training.uncompiled():
+        with training.dispensable(name), torch.compiler.set_stance("force_eager"):
             sampler = sampler if sampler is best else sampler.to(device)
             images, _ = sample_images(vq, sampler, *(x.to(device) for x in sample_cond), **how)
             common.save_grid(args.out / name, images, 8, sample_names, notice=codes.meta["notice"])

@@ -19,16 +19,7 @@ import common
 import distributed
 import training
 from crops import as_size, check_size, pair
-from data import (
-    BAD_SHARE,
-    BAD_SHARE_HELP,
-    DATA_HELP,
-    VAL_DATA_HELP,
-    check_images,
-    eval_batches,
-    image_batches,
-    load_images,
-)
+from data import add_data_options, check_images, eval_batches, image_batches, load_images
 from losses import (
     LPIPS,
     PatchGAN,
@@ -48,13 +39,10 @@ ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "non-saturating": (non_sat
 def options():
     parser = command_line.Parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", required=True, help=DATA_HELP)
-    data.add_argument("--val-data", help=VAL_DATA_HELP)
-    data.add_argument("--size", type=int, nargs="+", default=[256], help="pixels: one side, or height and width")
+    add_data_options(data)
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                       help="mirror images at random; never digits or emoji")
     data.add_argument("--workers", type=int, default=0, help="processes that read images")
-    data.add_argument("--bad-share", type=float, default=BAD_SHARE, help=BAD_SHARE_HELP)
     data.add_argument("--check-data", action="store_true", help="read every image, say what is there, and end")
     data.add_argument("--eval-images", type=int, default=1000, help="held-out images per evaluation, at most")
     model = parser.add_argument_group("model")
@@ -228,7 +216,7 @@ def train(args, device, rank, world, asked):
                         losses["perceptual"] = args.perceptual_weight * lpips(rec, part)
                     if adversarial:
                         disc.requires_grad_(False)  # until its own step below
-                        g_loss = g_loss_fn(disc(rec).float())
+                        g_loss = g_loss_fn(disc(rec))
                 if adversarial:
                     weight = args.disc_weight
                     if args.adaptive_disc_weight:
@@ -253,7 +241,7 @@ def train(args, device, rank, world, asked):
             for i, (part, fake) in enumerate(zip(micro, fakes, strict=True), 1):
                 with distributed.unsynchronised(run_disc, i < len(micro)):
                     with common.autocast(device, dtype):
-                        real_logits, fake_logits = run_disc(part).float(), run_disc(fake).float()
+                        real_logits, fake_logits = run_disc(part), run_disc(fake)
                     d_loss = d_loss_fn(real_logits, fake_logits)
                     (d_loss / len(micro)).backward()
                 accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2

@@ -48,8 +48,8 @@ def peak_flops(device, dtype):
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
-def add_training_options(parser, **defaults):
-    """The options that train_vq.py and train_gpt.py share; `defaults` are those of the script's published recipe.
+def add_training_options(parser, max_steps, batch_size):
+    """The options that train_vq.py and train_gpt.py share; the two defaults are the published recipe's.
 
     Returns the group "optimisation", for more of them.
     """
@@ -71,10 +71,10 @@ def add_training_options(parser, **defaults):
     run.add_argument("--max-bad-steps", type=int, default=10,
                      help="the run ends after so many steps in a row without a finite gradient")
     opt = parser.add_argument_group("optimisation")
-    opt.add_argument("--max-steps", type=int, default=defaults["max_steps"], help="optimizer steps")
+    opt.add_argument("--max-steps", type=int, default=max_steps, help="optimizer steps")
     opt.add_argument("--max-minutes", type=float, default=math.inf,
                      help="minutes of wall clock, if they end before the steps (default: any number)")
-    opt.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="global batch, images per step")
+    opt.add_argument("--batch-size", type=int, default=batch_size, help="global batch, images per step")
     opt.add_argument("--micro-batch-size", type=int, help="images per forward of a process (default: its whole share)")
     opt.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     opt.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
@@ -164,7 +164,7 @@ class BadSteps:
     def add(self, norm):
         bad = (~norm.isfinite()).int()
         self.total, self.row = self.total + bad, (self.row + 1) * bad
-        self.longest = self.longest + (self.row - self.longest) * (self.row > self.longest)
+        self.longest = self.row.clamp(min=self.longest)
 
     def pop(self, step):
         """{name: how many since the last call} or {}; ValueError if `most` came in a row."""
@@ -208,13 +208,6 @@ def dispensable(what):
         yield
     except (OSError, torch.OutOfMemoryError) as error:
         log.warning("%s could not be written: %s", what, error)
-
-
-@contextmanager
-def uncompiled():
-    """Compiled blocks run as they are written: evaluations and pictures are too rare, their shapes too many."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 class RunLog:

@@ -180,7 +180,7 @@ class Quantizer(nn.Module):
 
     def search(self, z):
         """z [N, D] (unit vectors if l2_norm) -> int64 [N]."""
-        return kernels.nearest_code(z.detach(), self.codebook().detach(), l2=self.config.l2_norm)
+        return kernels.nearest_code(z, self.codebook(), l2=self.config.l2_norm)
 
     def forward(self, z):
         """z [B, D, h, w] -> quantized z [B, D, h, w], weighted losses {name: scalar}, codes int64 [B, h, w]."""
@@ -209,7 +209,7 @@ class Quantizer(nn.Module):
     def window_counts(self):
         """How often each code occurs in the window, over all processes: int64 [K], left on the device."""
         seen = self.codebook_used.long() + 1  # 0 stands for "none yet"
-        counts = kernels.code_usage(seen, self.config.codebook_size + 1)[1:].contiguous()
+        counts = kernels.code_usage(seen, self.config.codebook_size + 1)[1:]
         if dist.is_initialized():
             dist.all_reduce(counts)
         return counts

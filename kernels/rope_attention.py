@@ -32,18 +32,19 @@ TILES = {
 }
 
 
+def apply_rope(x, cos, sin):
+    """Turn the channel pairs (2i, 2i+1) of x [..., T, D] by cos, sin [T, D/2], in float32 or float64; x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)  # ..., T, D/2
+    cos, sin = cos.to(wide), sin.to(wide)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
 def _heads(qkv, cos, sin, n_head, n_kv_head):
     """Turned q, turned k, and v: B, H or G, T, D."""
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-
-    def turn(x):
-        a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)  # B, H, T, D/2
-        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-
     heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)
     q, k, v = heads.split([n_head, n_kv_head, n_kv_head], dim=1)
-    return turn(q), turn(k), v
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
 def _mask(T, padding):

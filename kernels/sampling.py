@@ -46,15 +46,6 @@ def _kth_largest(x, k):
     return x.topk(k, 1, sorted=False).values.amin(1, keepdim=True)
 
 
-def _first_largest(x, V):
-    """argmax by blocks: one pass of amax, which is vectorized on a CPU, and two of argmax over few values."""
-    width = math.gcd(V, 128)
-    blocks = x.view(len(x), V // width, width)
-    block = blocks.amax(2).argmax(1)
-    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, width)).squeeze(1)
-    return block * width + inside.argmax(1)
-
-
 def _masses(x, top, inverse, bottom=None):
     """Integers in float32: the mass of every code of logit bottom or more, zero for the others."""
     w = (x - top).mul_(inverse).clamp_(min=-64)  # no mass there, and exp slows down at denormal numbers
@@ -71,7 +62,7 @@ def sample_codes_ref(
         x = (cond - uncond).mul_(cfg_scale).add_(uncond)
     x = x.nan_to_num(nan=-math.inf, posinf=LARGEST, neginf=-math.inf)
     if greedy:
-        codes = _first_largest(x, V)
+        codes = x.argmax(1)
         return torch.cat([codes, codes]) if guided else codes
     top, inverse = x.amax(1, keepdim=True).clamp_(min=-LARGEST), _inverse(temperature)
     if top_p < 1:

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import benchmark as bench  # noqa: E402 - needs the path above
 
 import kernels  # noqa: E402
-from gpt import GPT, PRESETS, GPTConfig, Linear, apply_rope  # noqa: E402
+from gpt import GPT, PRESETS, GPTConfig, Linear  # noqa: E402
 from sample import LOOPS, generate, release  # noqa: E402
 
 CFG, TOP_K = 4.0, 2000
@@ -76,7 +76,8 @@ class FullCache:
             a, f = block.attention, block.feed_forward
             q, k, v = a.wqkv(self.norm(x, block.attention_norm)).unflatten(-1, (-1, c.head_dim)).split(
                 [c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
-            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
             self.k[i].index_copy_(2, position, k)
             self.v[i].index_copy_(2, position, v)
             y = F.scaled_dot_product_attention(q, self.k[i], self.v[i], attn_mask=mask)

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -111,15 +110,6 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, batches):
                 writer.write(codes, labels)
     np.testing.assert_array_equal(CodeFile(tmp_path / "kept").codes, codes.numpy())
     assert len(list((tmp_path / "kept").iterdir())) == 3
-
-
-def test_pickled_code_files_do_not_hold_the_codes(tmp_path):
-    codes, labels = write_codes(tmp_path)
-    content = pickle.dumps(CodeFile(tmp_path))
-    assert len(content) < 300
-    copy = pickle.loads(content)
-    np.testing.assert_array_equal(copy.codes, codes.numpy())
-    assert copy.labels.tolist() == labels.tolist()
 
 
 def test_file_sha256(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 import builtin_sets
 import data
 import encode
-from crops import center_crop, cover, mirrored, open_image, pair, random_crop, ten_crop, to_tensor
+from crops import center_crop, cover, mirrored, open_image, pair, random_crop, ten_crops, to_tensor
 from data import ImageSet, eval_batches, image_batches, load_images
 
 
@@ -252,7 +252,7 @@ def test_crops_have_their_size(shape):
     rng = np.random.default_rng(0)
     for size in [(32, 32), (33, 500), (500, 33), (5, 7), (97, 61), (9000, 2), (1, 9000)]:
         img = picture(0, size)
-        crops = [center_crop(img, shape), *mirrored(img, shape), *ten_crop(img, shape, 1.05)]
+        crops = [center_crop(img, shape), *mirrored(img, shape), *ten_crops(img, shape, [1.05], 10)]
         crops += [random_crop(img, shape, rng, True) for _ in range(20)]
         assert {crop.size for crop in crops} == {(w, h)}
 
@@ -271,7 +271,7 @@ def test_random_crop_scales_and_flips():
 
 def test_ten_crop_order():
     img = picture(0, (40, 40))
-    crops = [np.asarray(c) for c in ten_crop(img, 20, 1.5)]
+    crops = [np.asarray(c) for c in ten_crops(img, 20, [1.5], 10)]
     large = np.asarray(center_crop(img, 30))
     places = [large[5:25, 5:25], large[:20, :20], large[:20, 10:], large[10:, :20], large[10:, 10:]]
     assert encode.PLACES == ["centre", "top left", "top right", "bottom left", "bottom right"]
@@ -331,7 +331,7 @@ def test_eval_crops_and_indices():
     assert [len(b[0]) for b in batches] == [3, 3, 1] and torch.cat([b[2] for b in batches]).tolist() == list(range(7))
     torch.testing.assert_close(batches[1][0][0], to_tensor(center_crop(image_set.images[3], (8, 16))))
     assert torch.cat([b[2] for b in eval_batches(image_set, 8, 2, indices=[0, 3, 4])]).tolist() == [0, 3, 4]
-    ten = next(eval_batches(image_set, 8, 2, crop=lambda img, size: ten_crop(img, size, 1.1)))[0]
+    ten = next(eval_batches(image_set, 8, 2, crop=lambda img, size: ten_crops(img, size, [1.1], 10)))[0]
     assert ten.shape == (2, 10, 3, 8, 8)
     random = [next(eval_batches(image_set, 8, 2, crop=4, seed=s))[0] for s in (0, 0, 1)]
     assert random[0].shape == (2, 4, 3, 8, 8) and torch.equal(random[0], random[1])

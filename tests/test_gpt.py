@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import kernels
 from common import save_file
-from gpt import GPT, PRESETS, GPTConfig, apply_rope, infer_config, rope_table
+from gpt import GPT, PRESETS, GPTConfig, infer_config, rope_table
 from sample import generate
 from vq import VQConfig, VQModel
 
@@ -153,12 +154,12 @@ def test_rope_against_complex_numbers(head_dim, cond_rope):
     config = GPTConfig(**SMALL | dict(TEXT, n_head=1, dim=head_dim, grid=(7, 30), cond_rope=cond_rope))
     cos, sin = rope_table(config, config.grid)
     assert cos.shape == sin.shape == (5 + 210, head_dim // 2)
-    x = torch.randn(1, 215, 1, head_dim)
-    turned = apply_rope(x, cos, sin)[0, :, 0].double()
+    x = torch.randn(1, 1, 215, head_dim)
+    turned = kernels.apply_rope(x, cos, sin)[0, 0].double()
     for position in (0, 4, 5, 6, 34, 35, 99, 214):
-        direct = direct_rope(x[0, position, 0].double(), position - 5, config)
+        direct = direct_rope(x[0, 0, position].double(), position - 5, config)
         torch.testing.assert_close(turned[position], direct, atol=1e-5, rtol=1e-5)
-    assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+    assert kernels.apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
 def test_a_preset_more_of_a_width_changes_no_published_file(tmp_path, monkeypatch):
@@ -188,16 +189,14 @@ def test_parametrizations_have_names_of_their_own():
 def test_cache_equals_the_full_forward(name):
     model, tokens, cond, mask = case(name)
     full = model(tokens[:, :-1], cond, mask)[0]
-    cache = model.new_cache(3)
-    for part in (cache.k, cache.v):
-        part.fill_(torch.nan)  # what was not written is not read
+    cache = model.new_cache(3).fill_(torch.nan)  # what was not written is not read
     logits, padding = model.prefill(cond, mask, cache)
     positions = (torch.arange(tokens.shape[1] - 1) + model.config.n_cond).split(1)
     steps = [logits] + [model.step(tokens[:, i], at, padding, cache) for i, at in enumerate(positions)]
     torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
     d = model.config.head_dim
-    assert cache.k.shape[2] == model.config.n_kv_head and cache.k.shape[4] == -(-d // 8) * 8
-    assert not cache.k[..., :d].isnan().any()  # every key was written
+    assert cache.shape[3] == model.config.n_kv_head and cache.shape[5] == -(-d // 8) * 8
+    assert not cache[0, ..., :d].isnan().any()  # every key was written
 
 
 @torch.no_grad()

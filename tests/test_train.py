@@ -522,7 +522,8 @@ def test_check_data_names_all_and_trains_nothing(script, workers, bad_pictures, 
         message = rf"{script.__name__}.py: error: .*, train: 12 of {n} \(3.*%\) have no usable .*, the first is .*png"
         assert code == 0 or re.match(message, error.splitlines()[-1])
     assert not out.exists()
-    monkeypatch.setenv("RANK", "1")
+    for name, value in dict(RANK="1", WORLD_SIZE="2").items():  # the second of two says nothing
+        monkeypatch.setenv(name, value)
     assert run_command(script, monkeypatch, *words) == 0 and not capsys.readouterr().out
 
 

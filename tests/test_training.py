@@ -674,7 +674,7 @@ def test_what_a_process_takes_of_the_machine(monkeypatch):
     assert distributed.own_device("cuda") == torch.device("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "1")  # RANK and this, without torchrun's address of the first process
     with distributed.processes("cuda:1") as found:
-        assert found == (torch.device("cuda:1"), 3, 1) and not backends
+        assert found == (torch.device("cuda:1"), 0, 1) and not backends
     for name, value in dict(RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1").items():  # torchrun with one process
         monkeypatch.setenv(name, value)
     with distributed.processes("auto") as found:
