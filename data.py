@@ -352,13 +352,21 @@ def _workers(n):
     return dict(num_workers=n, worker_init_fn=_leave_signals_to_the_run, multiprocessing_context=context)
 
 
+def _received(loader):
+    """Its batches. A worker that was killed while it handed one over is told of as PyTorch tells of others."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker was lost: {error}") from error
+
+
 def _batches(image_set, views, batch_sampler, workers):
     """Yields (images, labels, indices), names each unreadable image once; ValueError when they are too many."""
     loader = torch.utils.data.DataLoader(
         views, batch_sampler=batch_sampler, collate_fn=_collate, **_workers(workers),
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # leaves the global generator untouched
     seen = {}
-    for images, labels, indices, unreadable in loader:
+    for images, labels, indices, unreadable in _received(loader):
         if isinstance(unreadable, str):
             raise OSError(unreadable)
         for index, error in unreadable:

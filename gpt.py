@@ -110,6 +110,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         return super().forward(x) if self.copy is None else kernels.packed_linear(x, self.copy)
 
+    def step(self, x, norm=None, residual=None, gated=False):
+        """Of one token a row, x [B, inputs]: this product of its norm, its SwiGLU, added to a residual, all in one."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return kernels.skinny_linear(x, self.weight, weight, eps, residual, gated, self.copy)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, config):
@@ -131,14 +136,9 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
         self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x, cos, sin, padding=None, cache=None, position=None):
-        """Causal attention over x [B, T, C]; fills `cache`, a pair of [B, G, S, D], if given. With `position` int64
-        [1]: one token x [B, C] at that position against the cache, which it extends. Returns x's shape.
-        """
+    def forward(self, x, cos, sin, padding=None, cache=None):
+        """Causal attention over x [B, T, C]; fills `cache`, keys and values [2, B, G, S, D], if given."""
         qkv = self.wqkv(x)
-        if position is not None:
-            y = kernels.decode_attention(qkv, cos, sin, *cache, position, self.n_head, self.n_kv_head, padding)
-            return self.wo(y)  # B, C
         if cache is not None:
             t, d = x.shape[1], self.head_dim
             k, v = qkv.unflatten(-1, (-1, d)).transpose(1, 2)[:, self.n_head :].chunk(2, dim=1)  # B, G, T, D
@@ -184,6 +184,14 @@ class Block(nn.Module):
         x, residual = self.attention_norm(x, residual)
         x, residual = self.ffn_norm(self.attention(x, *where), residual)
         return self.feed_forward(x), residual
+
+    def step(self, s, cos, sin, padding, cache, position):
+        """The same of one token a row, s [B, C], at `position` int64 [1]: it reads the cache, and extends it."""
+        a, f = self.attention, self.feed_forward
+        qkv = a.wqkv.step(s, self.attention_norm)
+        y = kernels.decode_attention(qkv, cos, sin, *cache, position, a.n_head, a.n_kv_head, padding)
+        s = a.wo.step(y, residual=s)
+        return f.w2.step(f.w13.step(s, self.ffn_norm, gated=True), residual=s)
 
 
 class ClassEmbedder(nn.Module):
@@ -370,16 +378,16 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return losses / (targets >= 0).sum().clamp(min=1)
 
-    def transform(self, x, padding=None, cache=None, position=None):
-        """The blocks over x [B, T, C] from the first position on, or over the token x [B, C] at `position`."""
-        cos, sin = (self.cos, self.sin) if x.dim() == 2 else (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
+    def transform(self, x, padding=None, cache=None):
+        """The blocks over x [B, T, C] from the first position on."""
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         x, residual = self.dropout(x), None
         for i, block in enumerate(self.layers):
             past = None if cache is None else cache[:, i, : len(x)]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, residual = checkpoint(block, x, residual, cos, sin, padding, use_reentrant=False)
             else:
-                x, residual = block(x, residual, cos, sin, padding, past, position)
+                x, residual = block(x, residual, cos, sin, padding, past)
         return self.norm(x, residual)[0]
 
     def forward(self, tokens, cond, cond_mask=None, targets=None):
@@ -418,7 +426,10 @@ class GPT(nn.Module):
 
     def step(self, codes, position, padding, cache):
         """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
-        return self.logits(self.transform(self.embed_codes(codes), padding, cache, position))
+        s = self.embed_codes(codes)
+        for i, block in enumerate(self.layers):
+            s = block.step(s, self.cos, self.sin, padding, cache[:, i, : len(s)], position)
+        return self.logits(self.norm(s)[0]) if self.code_features else self.output.step(s, self.norm)
 
     def flops_per_image(self):
         """FLOPs of one image in training, 2 per multiply-add, without recomputation: matmuls of blocks and output and

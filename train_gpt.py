@@ -176,6 +176,7 @@ def train(args, device, rank, world, asked):
     model.activation_checkpointing = args.activation_checkpointing
     compile_blocks = device.type == "cuda" if args.compile is None else args.compile
     if compile_blocks:
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets: blocks are such cuts
         for block in model.layers:  # two graphs serve all: the first block has no residual
             block.compile()
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None

@@ -129,7 +129,7 @@ def _find_obstacle(device_type: str, index: int | None) -> str:
 from .codebook import code_usage, nearest_code  # noqa: E402 - the operations read the switch above
 from .cross_entropy import linear_cross_entropy  # noqa: E402
 from .decode import decode_attention  # noqa: E402
-from .linear import pack, packed_linear  # noqa: E402
+from .linear import pack, packed_linear, skinny_linear  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
 from .rope_attention import apply_rope, rope_attention  # noqa: E402
 from .sampling import sample_codes  # noqa: E402
@@ -137,7 +137,7 @@ from .swiglu import swiglu  # noqa: E402
 
 __all__ = [
     "apply_rope", "code_usage", "decode_attention", "linear_cross_entropy", "mode", "nearest_code", "pack",
-    "packed_linear", "rms_norm", "rope_attention", "sample_codes", "swiglu", "use", "use_triton",
+    "packed_linear", "rms_norm", "rope_attention", "sample_codes", "skinny_linear", "swiglu", "use", "use_triton",
 ]
 
 use(os.environ.get("NANOLLAMAGEN_KERNELS") or "auto")

@@ -1,16 +1,138 @@
-"""y = x W^T for few rows of x on a CPU, bound by reading W: the weight is laid out once the way oneDNN reads it.
+"""Products for few rows, bound by reading the weight: a step of the sampler has a row for each image.
 
-In PyTorch's own layout each product costs up to three times as much: GPT-B's matrices times 8 rows took 45 ms in
-float32 and 17 in bfloat16, packed 14 and 8 (2 cores of an AMD EPYC, 27 GB/s). A CPU that has no bfloat16 products
-emulates them, at twice to four times the time of float32: its copies of bfloat16 weights are float32.
-The copy takes as much memory as the weight (or twice that), and a pass over it. Rows do not influence each other: a row
-gives the same bits in any batch, but for torch 2.11 on CPUs without AVX-512; for that, one row is multiplied as two.
-The two operators are those that Inductor emits for frozen CPU weights; GPUs have cuBLAS.
+On a GPU one kernel computes y = W x, with what stands before and after it in a Llama's block:
+
+    y = residual + W x        y = W norm(x)        y = silu(a) b  for  [a | b] = W norm(x)
+
+Bytes: the weight once, 2 N K in 16 bits (GPT-L: 2 to 12 MB, 0.7 to 3.8 us at an H100's 3.0 TB/s); the rows of x, which
+every program reads, come from L2. FLOPs: 2 M N K, at 16 rows 16 per byte: bound by memory, and by the microseconds that
+a kernel takes to start, to wait for its first bytes and to end. So norm, SwiGLU and residual add have no kernel of
+their own. W (g x) / rms(x) = W norm(x) for the norm's weight g: a program sums the squares of its rows beside the
+product, and divides at the end; g x is rounded once, where the norm alone rounds twice. A program has BLOCK_N rows of
+the weight, whole: no sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64
+programs (of N = 1,024) have 1.5 MB on their way, about what memory's latency asks for. More than MAX_ROWS rows are left
+to cuBLAS.
+
+On a CPU the weight is laid out once the way oneDNN reads it. In PyTorch's own layout each product costs up to three
+times as much: GPT-B's matrices times 8 rows took 45 ms in float32 and 17 in bfloat16, packed 14 and 8 (2 cores of an
+AMD EPYC, 27 GB/s). A CPU that has no bfloat16 products emulates them, at twice to four times the time of float32: its
+copies of bfloat16 weights are float32. The copy takes as much memory as the weight (or twice that), and a pass over it.
+Rows do not influence each other: a row gives the same bits in any batch, but for torch 2.11 on CPUs without AVX-512;
+for that, one row is multiplied as two. The two operators are those that Inductor emits for frozen CPU weights.
 """
 
 import platform
 
 import torch
+import torch.nn.functional as F
+
+from kernels import on_device, tl, triton, use_triton
+from kernels.rms_norm import rms_norm
+from kernels.swiglu import swiglu
+
+MAX_ROWS = 32
+
+
+def skinny_linear_ref(x, weight, norm_weight, eps, residual, gated, packed=None):
+    x = x if norm_weight is None else rms_norm(x, norm_weight, eps)
+    if packed is None and not gated and residual is not None:
+        return residual.addmm_(x, weight.T)  # in place, one kernel of cuBLAS; apart from it the sum would be another
+    y = F.linear(x, weight) if packed is None else packed_linear(x, packed)
+    y = swiglu(y) if gated else y
+    return y if residual is None else residual.add_(y)
+
+
+@triton.jit
+def _skinny_linear_kernel(
+    x_ptr, weight_ptr, norm_ptr, residual_ptr, y_ptr, stride_xm, stride_rm, M, N, eps,
+    K: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):
+    """N columns of y, from as many rows of the weight, or with GATED from N and the N after them."""
+    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
+    w_ptrs = weight_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):  # copied by way of shared memory, STAGES - 1 blocks ahead
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs + k, mask=mask_m & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + k, mask=mask_n & mask_k[None, :], other=0.0)
+        if GATED:
+            v = tl.load(w_ptrs + (tl.cast(N, tl.int64) * K + k), mask=mask_n & mask_k[None, :], other=0.0)
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            x = (wide * tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if GATED:
+            up = tl.dot(x, tl.trans(v), up, input_precision="ieee")
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + tl.cast(eps, tl.float32))
+        acc, up = acc * rstd, up * rstd
+    if GATED:
+        acc = acc * tl.sigmoid(acc) * up
+    offs_m, offs_n = offs_m[:, None].to(tl.int64), offs_n[None, :]
+    mask = mask_m & (offs_n < N)
+    if ADD:
+        acc += tl.load(residual_ptr + offs_m * stride_rm + offs_n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs_m * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_config(M, N, gated, dtype):
+    """Constants for M rows and N columns: 8 KiB of the weight a block, twice that if it is gated or wide (logits)."""
+    block_m = 16 if M <= 16 else 32
+    block_n = 32 if N >= 8192 and not gated else 16
+    block_k = 64 if dtype == torch.float32 else 256 if block_m == 16 else 128
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=4, num_warps=4)
+
+
+@torch.library.custom_op("nanollamagen::skinny_linear", mutates_args=())
+def _skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None,
+    gated: bool,
+) -> torch.Tensor:
+    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    (M, K), N = x.shape, len(weight) // 2 if gated else len(weight)
+    y = x.new_empty(M, N)
+    config = launch_config(M, N, gated, x.dtype)
+    norm, added = x if norm_weight is None else norm_weight.contiguous(), x if residual is None else residual
+    if y.numel():
+        with on_device(x):
+            _skinny_linear_kernel[triton.cdiv(N, config["BLOCK_N"]),](
+                x, weight.contiguous(), norm, added, y, x.stride(0), added.stride(0), M, N, eps, K=K,
+                NORM=norm_weight is not None, ADD=residual is not None, GATED=gated, **config,
+            )
+    return y
+
+
+@_skinny_linear.register_fake
+def _(x, weight, norm_weight, eps, residual, gated):
+    return x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+
+
+def skinny_linear(x, weight, norm_weight=None, eps=0.0, residual=None, gated=False, packed=None):
+    """residual + W norm(x), or + swiglu(W norm(x)) if gated, for few rows; without norm_weight W x, without residual
+    no sum.
+
+    x [B, K] and weight [N, K] of one dtype, norm_weight [K], residual [B, N] (gated: [B, N/2]) -> [B, N] or [B, N/2].
+    The residual may be overwritten. packed: what `pack` made of the weight, for a CPU. Other dtypes than float32 and
+    bfloat16, and more than MAX_ROWS rows, take the operations one by one. No gradient. Raises ValueError where the
+    shapes disagree.
+    """
+    N = weight.shape[0] // 2 if gated else weight.shape[0]
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and (not gated or len(weight) % 2 == 0)
+    fits = fits and (norm_weight is None or norm_weight.shape == x.shape[1:])
+    if not fits or residual is not None and residual.shape != (len(x), N):
+        shapes = [None if t is None else tuple(t.shape) for t in (x, weight, norm_weight, residual)]
+        raise ValueError(f"skinny_linear: x, weight, norm_weight, residual are {shapes}" + ", gated" * gated)
+    served = len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.dtype == weight.dtype
+    if served and use_triton(x):
+        return _skinny_linear(x, weight, norm_weight, eps, residual, gated)
+    return skinny_linear_ref(x, weight, norm_weight, eps, residual, gated, packed)
 
 
 def _multiplies_bfloat16():

@@ -9,7 +9,7 @@
 On a GPU: B, L, XL, XXL, 3B at 24x24 codes, 16 and 256 rows (half of them unconditional), bfloat16; rows go to
 benchmarks/<gpu>/sample.csv as they come, sample.png is drawn from that file. Before a row is timed, the codes drawn
 greedily are compared with a full forward pass. The floor is reading every weight and the mean valid cache once a step
-at the measured copy bandwidth, the prediction adds 1.5 us per kernel. A full-cache step costs the same at any position:
+at the measured copy bandwidth, the prediction adds 2.5 us per kernel. A full-cache step costs the same at any position:
 64 steps stand for all. On a CPU: B at 16x16, 4 images with guidance, in float32 and bfloat16, methods in turn.
 
     python tests/bench_sample.py [--presets L 3B] [--rows 16] [--quick | --dry-run]
@@ -33,6 +33,7 @@ import benchmark as bench  # noqa: E402 - needs the path above
 
 import kernels  # noqa: E402
 from gpt import GPT, PRESETS, GPTConfig, Linear  # noqa: E402
+from kernels.linear import MAX_ROWS  # noqa: E402
 from sample import LOOPS, generate, release  # noqa: E402
 
 CFG, TOP_K = 4.0, 2000
@@ -177,8 +178,11 @@ def floor_seconds(model, rows, copy):
 
 
 def predicted_seconds(model, rows, copy):
-    """The floor, and 1.5 us for each of 8 kernels a layer and 7 besides."""
-    return floor_seconds(model, rows, copy) + 1.5e-6 * (8 * model.config.n_layer + 7) * math.prod(model.config.grid)
+    """The floor, and for each kernel what it takes to start, to wait for its first bytes and to end: 5 a layer and 6
+    besides, 8 and 7 where norms and SwiGLU are apart; the draw from the top-k takes 15 us more."""
+    few = rows <= MAX_ROWS
+    n = (5 if few else 8) * model.config.n_layer + (6 if few else 7)
+    return floor_seconds(model, rows, copy) + 1e-3 * (bench.KERNEL_MS * n + 15e-3) * math.prod(model.config.grid)
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_a_rival_that_waits_for_the_gpu_is_not_captured(monkeypatch):
 
 def test_the_gpu_waits_until_a_call_is_issued(monkeypatch):
     """For longer than the host takes for it: else kernels shorter than their launch would be timed as that."""
-    calls, cuda, empty = [], benchmark.torch.cuda, benchmark.torch.empty
+    calls, cuda, zeros = [], benchmark.torch.cuda, benchmark.torch.zeros
 
     class Event:
         def __init__(self, enable_timing):
@@ -135,7 +135,7 @@ def test_the_gpu_waits_until_a_call_is_issued(monkeypatch):
         calls.append("call")
 
     monkeypatch.setattr(benchmark, "DEVICE", "cuda")
-    monkeypatch.setattr(benchmark.torch, "empty", lambda *shape, dtype, device: empty(8, dtype=dtype))
+    monkeypatch.setattr(benchmark.torch, "zeros", lambda *shape, dtype, device: zeros(8, dtype=dtype))
     for name, fake in dict(Event=Event, _sleep=calls.append, synchronize=lambda: None).items():
         monkeypatch.setattr(cuda, name, fake)
     assert benchmark.time_ms(slow, 1) == [0.25] * 3

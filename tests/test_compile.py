@@ -45,6 +45,7 @@ HEAVY = (  # names: every kernel, in the configurations that leave little room
     r"attention (fwd|dq|dkv) D=128 grouped", r"attention (fwd|dq|dkv) D=128 float32", r"rotate D=64",
     r"decode D=64 bfloat16", r"decode D=100 bfloat16 in 2 padded", r"add parts D=100",
     r"draw V=16384 bfloat16 guided top-k top-p", r"draw greedy", r"loss V=50257 bfloat16 \+ gradient",
+    r"linear M=(16|32) K=1024 bfloat16 norm gated",
 )
 
 
@@ -68,8 +69,8 @@ class FakeDriver:
 
 def cases(target):
     """(name, kernel, arguments, constants, elements per thread of the hot part, its inner trips) of every launch."""
-    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, sampling_cases,
-                   loss_cases):
+    for family in (search_cases, rms_norm_cases, swiglu_cases, attention_cases, decode_cases, linear_cases,
+                   sampling_cases, loss_cases):
         yield from family(target)
 
 
@@ -179,6 +180,27 @@ def decode_cases(target):
         yield f"add parts D={D}", file._add_parts_kernel, (f32, f32, f32, bf16), constants, 4 * D / 32, 1
 
 
+def linear_cases(target):
+    """The products of a step of GPT-L, one by one or fused; of 3B; more rows; in float32."""
+    import torch
+
+    file, bf16 = importlib.import_module("kernels.linear"), "bfloat16"
+    L = [(1024, 3072, "norm"), (1024, 1024, "add"), (1024, 2816, "norm gated"), (2816, 1024, "add"),
+         (1024, CODES, "norm")]
+    runs = [(16, *sizes, bf16) for sizes in L] + [(32, *sizes, bf16) for sizes in L[:3]]
+    runs += [(16, 3200, 8704, "norm gated", bf16), (16, 1024, 2816, "norm gated", "float32"),
+             (32, 1024, 2816, "norm gated", "float32")]
+    if target == "sm_90":
+        runs += [(1, 768, 2304, "norm", bf16), (4, 97, 31, "norm gated", bf16), (16, 1024, 1024, "", bf16)]
+    for M, K, N, kind, x in runs:
+        config = file.launch_config(M, N, "gated" in kind, getattr(torch, x))
+        told = dict(K=K, NORM="norm" in kind, ADD="add" in kind, GATED="gated" in kind)
+        per = config["BLOCK_N"] * config["BLOCK_K"] * (1 + told["GATED"]) / threads(config, target)
+        args = (x, x, x, x, x, K, N, M, N, 1e-5)
+        name = f"linear M={M} K={K}" + f" N={N}" * (N >= 8192) + f" {x} {kind}".rstrip()
+        yield name, file._skinny_linear_kernel, args, dict(config, **told), per, 1
+
+
 def sampling_cases(target):
     """A row of logits by every setting that compiles anew; on sm_90 in float32 and at small models' widths too."""
     file = importlib.import_module("kernels.sampling")
@@ -245,7 +267,9 @@ def count(target, name, cubin, per_thread, trips):
             hot = hot + inner
     elif name.startswith("attention") and every[mma]:
         hot = smallest_loop(code, (mma, 1), ("MUFU", 1))
-    elif not name.startswith(("rms_norm bwd", "attention", "rotate", "decode")):
+    elif name.startswith("linear") and every["HMMA"]:
+        hot = smallest_loop(code, ("HMMA", 1))
+    elif not name.startswith(("rms_norm bwd", "attention", "rotate", "decode", "linear")):
         hot = every - collections.Counter(NOP=every["NOP"], BRA=every["BRA"])
     half = sum(hot[op] for op in ("FMNMX", "FMNMX3", "SEL", "FSETP", "ISETP", "VIADD", "LEA", "LOP3", "IADD3", "PLOP3"))
     return dict(per_element=hot.total() / per_thread, half_rate=half / per_thread)
@@ -362,6 +386,9 @@ def check(target, rows):
     cached = [row for row in rows if row["kernel"].startswith("decode")]
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
     assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
+    few = [row for row in rows if row["kernel"].startswith("linear") and "K=97" not in row["kernel"]]
+    bad = [row for row in few if len(row["copies"]) < 8 or not row["copies"][0].endswith("cg") and target != "gfx942"]
+    assert few and not bad, f"weights of few rows do not come by asynchronous copies:\n{show(bad)}"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from test_train import LLAMA, NO_DISC, VQ, gpt_options, run, same, series, vq_op
 import checkpoints
 import command_line
 import common
+import data
 import distributed
 import train_gpt
 import train_vq
@@ -389,6 +390,24 @@ def main():
 command_line.cli(main)"""
     done = python(code, {})
     assert done.returncode == 2 and "error: a process of --workers was killed, perhaps for its memory" in done.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_hands_over_is_told(error, monkeypatch, capsys):
+    class Loader:
+        def __init__(self, *_, **how):
+            assert how["num_workers"] == 2
+
+        def __iter__(self):
+            yield torch.zeros(1), torch.zeros(1), torch.zeros(1), []
+            raise error
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    batches = data.image_batches(data.ImageSet([None], [0], [""], [""], False), 8, 1, seed=0, workers=2)
+    next(batches)
+    with pytest.raises(SystemExit, match="2"):
+        command_line.cli(lambda: next(batches))
+    assert "error: a process of --workers was killed, perhaps for its memory" in capsys.readouterr().err
 
 
 def test_one_process_goes_on_as_two(codes, tmp_path):

@@ -1,0 +1,146 @@
+"""Products for few rows, with norm, SwiGLU and residual add, against float64: on a GPU, or under the interpreter."""
+
+import functools
+import importlib
+
+import pytest
+import torch
+from test_kernels import DEVICE, layout, name, triton_kernels  # noqa: F401 - the fixture serves all tests here
+
+import kernels
+
+linear_file = importlib.import_module("kernels.linear")
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+
+# B, K, N (of y), the layout of x and of the residual: a head of GPT-L, tails of every block, one row, the most
+SHAPES = [(16, 1024, 64, "plain"), (17, 97, 31, "columns"), (3, 600, 37, "strided"), (1, 136, 70, "plain"),
+          (32, 200, 50, "transposed")]
+if DEVICE == "cuda":
+    SHAPES += [(16, 1024, 3072, "plain"), (32, 3200, 3200, "plain"), (16, 2816, 1024, "plain")]
+    SHAPES += [(16, 768, 16384, "plain")]
+KINDS = {"product": {}, "norm": dict(norm=True), "add": dict(add=True), "norm gated": dict(norm=True, gated=True),
+         "all": dict(norm=True, gated=True, add=True)}
+
+
+def make(B, K, N, kind, dtype, norm=False, gated=False, add=False):
+    """x, in rows of very different lengths, weight, and what is asked for: weight of the norm, residual."""
+    scale = torch.logspace(-1, 1, B, device=DEVICE)[:, None]
+    x = layout((scale * torch.randn(B, K, device=DEVICE)).to(dtype), kind)
+    weight = (torch.randn((1 + gated) * N, K, device=DEVICE) / K**0.5).to(dtype)
+    more = dict(gated=gated, eps=1e-5 if norm else 0.0)
+    more["norm_weight"] = (torch.rand(K, device=DEVICE) + 0.5).to(dtype) if norm else None
+    more["residual"] = layout(torch.randn(B, N, device=DEVICE).to(dtype), kind) if add else None
+    return x, weight, more
+
+
+def direct(x, weight, norm_weight, eps, residual, gated):
+    """Float64, in the words of the definition."""
+    x, weight = x.double(), weight.double()
+    if norm_weight is not None:
+        x = x / (x.square().mean(1, keepdim=True) + eps).sqrt() * norm_weight.double()
+    y = x @ weight.T
+    if gated:
+        gate, up = y.chunk(2, 1)
+        y = gate / (1 + (-gate).exp()) * up
+    return y if residual is None else residual.double() + y
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_skinny_linear(shape, dtype, kind):
+    """At most twice the error of the same operations one by one."""
+    x, weight, more = make(*shape, dtype, **KINDS[kind])
+    got, exact = kernels.skinny_linear(x, weight, **more), direct(x, weight, **more)
+    assert got.dtype == dtype and got.shape == exact.shape
+    kernels.use("torch")
+    plain = kernels.skinny_linear(x, weight, **more)
+    ulp = torch.finfo(dtype).eps * exact.abs().amax(1, keepdim=True)  # of each row, whose lengths differ
+    mine, theirs = ((y - exact) / ulp for y in (got, plain))
+    assert mine.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + 12**-0.5
+    assert mine.abs().max() <= 4 * theirs.abs().max() + 1
+
+
+def test_logits():
+    """Wide enough for another block."""
+    x, weight, more = make(2, 16, 8209, "plain", torch.float32, norm=True)
+    torch.testing.assert_close(kernels.skinny_linear(x, weight, **more), direct(x, weight, **more).float())
+
+
+def test_rows_do_not_depend_on_the_batch():
+    """As long as BLOCK_M is the same for their number."""
+    x, weight, more = make(16, 300, 40, "plain", torch.bfloat16, norm=True, gated=True)
+    whole = kernels.skinny_linear(x, weight, **more)
+    for B in (1, 5):
+        assert torch.equal(kernels.skinny_linear(x[:B], weight, **more), whole[:B])
+
+
+def test_weights_in_pieces():
+    """Rows and columns of a wider matrix."""
+    x, weight, _ = make(4, 24, 10, "plain", torch.float32)
+    whole = kernels.skinny_linear(x, weight)
+    wide = torch.full((12, 40), torch.nan, device=DEVICE)
+    wide[1:11, 8:32] = weight
+    assert torch.equal(kernels.skinny_linear(x, wide[1:11, 8:32]), whole)
+
+
+def test_what_the_kernel_does_not_serve(monkeypatch):
+    """Many rows, float16: the operations one by one; no rows: no launch."""
+    calls = []
+    monkeypatch.setattr(linear_file, "_skinny_linear", lambda *args: calls.append(args))
+    for B, dtype in ((33, torch.float32), (4, torch.float16)):
+        x, weight, more = make(B, 24, 10, "plain", dtype, norm=True, gated=True, add=True)
+        exact, got = direct(x, weight, **more), kernels.skinny_linear(x, weight, **more)
+        torch.testing.assert_close(got.double(), exact, rtol=5e-3, atol=2e-2)
+    assert not calls
+    monkeypatch.undo()
+    for mode in ("triton", "torch"):
+        kernels.use(mode)
+        x, weight, more = make(0, 24, 10, "plain", torch.float32, norm=True, gated=True, add=True)
+        assert kernels.skinny_linear(x, weight, **more).shape == (0, 10)
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_what_it_refuses(mode):
+    kernels.use(mode)
+    x, weight, more = make(2, 24, 10, "plain", torch.float32, norm=True, gated=True, add=True)
+    refused = functools.partial(pytest.raises, ValueError, match="skinny_linear: x, weight, norm_weight, residual are")
+    for changes in (dict(residual=x), dict(norm_weight=x[0, :5]), dict(gated=False)):
+        with refused():
+            kernels.skinny_linear(x, weight, **more | changes)
+    for wrong in ((x[0], weight), (x[:, :5], weight), (x, weight[0])):
+        with refused():
+            kernels.skinny_linear(*wrong)
+    with refused():
+        kernels.skinny_linear(x, weight[:5], gated=True)
+
+
+def test_opcheck():
+    for kind in KINDS.values():
+        x, weight, more = make(3, 24, 10, "plain", torch.float32, **kind)
+        args = x, weight, more["norm_weight"], more["eps"], more["residual"], more["gated"]
+        torch.library.opcheck(torch.ops.nanollamagen.skinny_linear.default, args)
+
+
+@pytest.mark.parametrize("backend", ["inductor"] if DEVICE == "cuda" else ["aot_eager"])
+def test_compile(backend):
+    x, weight, more = make(3, 24, 24, "plain", torch.float32, norm=True, add=True)
+
+    def twice(x):
+        return kernels.skinny_linear(2 * kernels.skinny_linear(x, weight, **more), weight)
+
+    torch.testing.assert_close(torch.compile(twice, fullgraph=True, backend=backend)(x), twice(x))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_cuda_graph():
+    x, weight, more = make(16, 1024, 2816, "plain", torch.bfloat16, norm=True, gated=True)
+    kernels.skinny_linear(x, weight, **more)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.skinny_linear(x, weight, **more)
+    for _ in range(2):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, kernels.skinny_linear(x, weight, **more))
