@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -99,14 +99,51 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(commands, name, run, doc):
     """A subcommand of Parser.add_subparsers() that calls run(args); its example is the line of `doc` that has one."""
-    example = next(line for line in doc.splitlines() if f".py {name} " in line)
-    parser = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{example}")
+    said = run.__doc__ or ""  # nothing under python -OO
+    example = next((line for line in (doc or "").splitlines() if f".py {name} " in line), "")
+    parser = commands.add_parser(name, help=said, description=f"{said}\n\n{example}")
     parser.set_defaults(run=run)
     return parser
 
 
+class Heard:
+    """What a program says, to a stream that may fail: on a full disk, or where its reader has gone, words are lost and
+    the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # closed (2>&-)
+        with suppress(AttributeError):
+            self.stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self, last=False):
+        self._try(self.stream.flush, last=last)
+
+    def _try(self, function, *args, last=False):
+        try:
+            function(*args)
+        except OSError as error:
+            if last or isinstance(error, BrokenPipeError):  # what is left is lost, or Python would fail at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def cli(main):
     """Run a script's main(); bad input ends in one sentence and exit code 2 (NANOLLAMAGEN_TRACE=1 shows where)."""
+    with redirect_stdout(Heard(sys.stdout)) as out, redirect_stderr(Heard(sys.stderr)) as err:
+        try:
+            _run(main)
+        finally:
+            out.flush(last=True)
+            err.flush(last=True)
+
+
+def _run(main):
     try:
         with logging_redirect_tqdm():  # warnings have lines of their own
             main()

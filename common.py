@@ -268,6 +268,12 @@ def label_font(size):
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
+def save_picture(path, image):
+    """A PIL image, in the format that the name asks for; OSError, and the picture from before, if it cannot be."""
+    with writing(path) as temporary:
+        image.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
+
+
 def save_grid(path, images, columns, labels=None, scale=None, notice=""):
     """Write uint8 images [N, H, W, 3] as one PNG, `columns` a row, with a label under each if there are any.
 
@@ -291,4 +297,4 @@ def save_grid(path, images, columns, labels=None, scale=None, notice=""):
         for j, line in enumerate(labels[i] if labels else []):
             draw.text((x, y + h * scale + 1 + 16 * j), line, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(path, sheet)

@@ -177,8 +177,9 @@ def _list(folder):
     images, folders = [], []
     for entry in entries:
         if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            if entry.is_symlink() or entry.is_file() or entry.is_dir():  # no pipe, which would block its reader
-                images.append(Path(entry.path))
+            path = Path(entry.path)  # no pipe, which would block its reader, and no link to one
+            if not path.is_fifo() if entry.is_symlink() else entry.is_file() or entry.is_dir():
+                images.append(path)
         elif entry.is_dir():
             folders.append(Path(entry.path))
     return images, folders
@@ -330,8 +331,8 @@ def _collate(items):
 
 
 def _leave_signals_to_the_run(_):
-    """Workers outlive SIGTERM and SIGINT, which reach whole groups of processes: the run ends them after its step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Workers outlive these signals, which reach whole groups of processes: the run ends them after its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -158,7 +158,8 @@ def unsynchronised(model, wanted):
 
 @contextmanager
 def stopping():
-    """Yields a list that SIGTERM and SIGINT put their time into: the run saves at its next step boundary and ends.
+    """Yields a list that SIGTERM, SIGINT and SIGHUP (a closed terminal) put their time into: the run saves at its next
+    step boundary and ends. Under nohup, SIGHUP stays ignored.
 
     A second signal ends the process at once, but not within two seconds: Ctrl-C reaches every process of a terminal,
     and torchrun passes its own on.
@@ -172,10 +173,13 @@ def stopping():
             os._exit(128 + number)
         asked.append(time.monotonic())
         what = f"signal {number}: a checkpoint after this step, then the end (again: at once)\n"
-        with suppress(AttributeError, OSError):  # stderr may be closed
+        with suppress(AttributeError, OSError):  # stderr may be closed, or full
             os.write(sys.stderr.fileno(), what.encode())  # print() would raise where the signal came within another
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked
     finally:

@@ -7,6 +7,7 @@ Sources: Szegedy et al. (arXiv 1512.00567); Heusel et al. (arXiv 1706.08500) for
 Nichol, arXiv 2105.05233) for the spatial features and for logits without bias.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -199,7 +200,7 @@ class Images:
             self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS)
             if not self.files:
                 raise ValueError(f"{path} holds no images")
-            first = open_image(self.files[0])
+            first = self._read(self.files[0])
             self.n, self.shape = len(self.files), (first.height, first.width, 3)
             return
         if not self.path.is_file():
@@ -207,6 +208,12 @@ class Images:
         self.files = None
         with self._open() as file:
             self._header(file)
+
+    def _read(self, path):
+        try:
+            return open_image(path)
+        except (OSError, ValueError, SyntaxError) as error:  # of PIL's readers
+            raise ValueError(f"{path} cannot be read ({error})") from None
 
     @contextmanager
     def _open(self):
@@ -231,7 +238,7 @@ class Images:
         starts = range(0, self.n, batch_size)
         if self.files:
             for start in starts[rank::world]:
-                arrays = [np.asarray(open_image(p)) for p in self.files[start : start + batch_size]]
+                arrays = [np.asarray(self._read(p)) for p in self.files[start : start + batch_size]]
                 for path, array in zip(self.files[start:], arrays, strict=False):
                     if array.shape != self.shape:
                         raise ValueError(f"{path} is {array.shape[1]} x {array.shape[0]} pixels, "
@@ -250,10 +257,23 @@ class Images:
                     yield start, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
 
 
+def _reserve(path):
+    """Room on the disk for the whole file, which has holes: a write to a memory map that finds none kills a process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # other systems cannot reserve
+                    what = f"no room for {os.path.getsize(path) / 1e6:.0f} MB of features: TMPDIR or --cache say where"
+                    raise OSError(error.errno, what, str(path)) from None
+
+
 def open_rows(path, shape):
-    """A float32 array in a file, to which every process writes its rows."""
+    """A float32 array in a file, to which every process writes its rows; OSError where the disk has no room for it."""
     if rank_and_world()[0] == 0:
         np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        _reserve(path)
     barrier()
     return np.lib.format.open_memmap(path, "r+")
 

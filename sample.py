@@ -39,11 +39,13 @@ from common import (
     rank_and_world,
     read_file,
     save_grid,
+    save_picture,
     to_uint8,
     whole_characters,
     write_whole,
     writing,
 )
+from data import EXTENSIONS
 from distributed import barrier, processes, total
 from gpt import GPT
 from kernels.sampling import check_settings
@@ -426,11 +428,11 @@ def open_condition(args, gpt, codes, device):
             raise ValueError(f"{args.gpt} is conditioned on classes: leave --text, --text-file and --t5 out")
         classes = list(range(gpt.config.num_classes))
         names = imagenet_names() if not codes and len(classes) == 1000 else names
-        if args.classes:
+        if args.classes is not None:
             classes = parse_classes(args.classes, names, gpt.config.num_classes)
         labels = torch.tensor(classes)
         return classes, [names[i] if names else i for i in classes], lambda index: (labels[index],)
-    if args.classes or not prompts:
+    if args.classes is not None or not prompts:
         raise ValueError(f"{args.gpt} is conditioned on texts: give them with --text or --text-file, and no --classes")
     reader = open_reader(gpt.config.cond, codes.get("text"), args.t5, device, args.gpt)
     want = gpt.config.text_dim if gpt.config.cond == "text" else gpt.config.text_vocab_size
@@ -444,7 +446,7 @@ def open_condition(args, gpt, codes, device):
 
 def choose_images(args, kinds, shuffle):
     """Which of the classes or prompts each image shows, int64 [n]: in turn, or shuffled, and how many go in a row."""
-    asked = args.classes or args.text or args.text_file
+    asked = args.classes is not None or args.text or args.text_file
     n = args.n if args.n is not None else kinds if asked else min(8 * kinds, 80)
     if shuffle:  # balanced as well as n allows, and whatever part of the file is read
         return np.random.default_rng(args.seed).permutation(np.arange(n) % kinds), min(args.columns or 8, n)
@@ -455,7 +457,7 @@ def choose_images(args, kinds, shuffle):
 
 def check_outputs(args, folder):
     """ValueError where a finished result would be overwritten, OSError where nothing can be written."""
-    if args.out.suffix.lower() not in Image.registered_extensions():
+    if args.out.is_dir() or args.out.suffix.lower() not in EXTENSIONS:
         raise ValueError(f"--out {args.out} is no name of a picture: .png, .jpg or .webp")
     if args.npz and args.npz.exists():
         raise ValueError(f"{args.npz} is there already: remove it to sample again")
@@ -504,7 +506,7 @@ def run(args, device, rank, world):
     batches = sample_batches(vq, gpt, lambda i: cond(which[i]), len(which), todo, progress=rank == 0, **settings)
     for start, images, _, *spent in batches:
         for i, image in enumerate(images if args.folder else []):
-            Image.fromarray(image).save(args.folder / f"{start + i:06}.png")
+            save_picture(args.folder / f"{start + i:06}.png", Image.fromarray(image))
         parts.save(start, images)
         seconds += spent
     n = int(total(torch.tensor(n)))  # and the images of all are there

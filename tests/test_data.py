@@ -246,6 +246,14 @@ def test_only_the_middle_of_long_pictures_is_scaled(size, scaled, monkeypatch):
     assert abs(crop - np.asarray(center_crop(img, 32))).max() <= 1
 
 
+def test_pipes_are_no_pictures(tmp_path):
+    """Nor links to them: their reader would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    (tmp_path / "nowhere.png").symlink_to("nothing")
+    assert data._list(tmp_path) == ([tmp_path / "nowhere.png"], [])
+
+
 @pytest.mark.parametrize("shape", [32, (32, 64), (48, 16)], ids=str)
 def test_crops_have_their_size(shape):
     h, w = pair(shape)

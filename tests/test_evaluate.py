@@ -20,7 +20,7 @@ import losses
 import sample
 from codes import CodeWriter
 from command_line import cli
-from common import file_sha256, save_file
+from common import file_sha256, save_file, save_picture
 from data import load_images
 from distributed import processes
 from inception import BLOCKS, FILES, Images, Inception, features, resize
@@ -498,6 +498,43 @@ def fails(monkeypatch, capsys, command, *options):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("evaluate.py: error: "), error
     return error
+
+
+def test_no_room_for_features(monkeypatch, capsys, network, pictures, tmp_path):
+    """Asked for before they are computed: a memory map that finds no room kills the process."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    error = fails(monkeypatch, capsys, "gen", "--samples", pictures / "a.npz", "--ref", pictures / "a.npz",
+                  "--inception", network, "--cache", tmp_path)
+    assert re.search(f"error: {tmp_path}/.*: no room for .* MB of features: TMPDIR or --cache say where", error)
+
+
+def test_a_damaged_picture_is_named(pictures, tmp_path):
+    for i, image in enumerate(np.load(pictures / "a.npz")["arr_0"][:3]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:99])
+    with pytest.raises(ValueError, match=f"{tmp_path}/1.png cannot be read .*trunc"):
+        list(Images(tmp_path).batches(3))
+    (tmp_path / "0.png").write_text("no picture")
+    with pytest.raises(ValueError, match=f"{tmp_path}/0.png cannot be read"):
+        Images(tmp_path)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path, image = tmp_path / "a.png", Image.new("RGB", (3, 3), "red")
+    save_picture(path, image)
+    before = path.read_bytes()
+
+    def full(self, file, *_):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=f"{path} could not be written: .*No space left"):
+        save_picture(path, image)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_bad_samples(monkeypatch, capsys, network, pictures, tmp_path):

@@ -57,7 +57,8 @@ def folder(tmp_path_factory):
     (folder / "notes.txt").write_text("not a checkpoint")
     (folder / "a.jsonl").write_text('{"image": "b.jpg", "text": "a cat"}')
     (folder / "list.json").write_text("[]")
-    (folder / "empty").mkdir()
+    for name in ("empty", "folder.png"):
+        (folder / name).mkdir()
     for i in range(4):
         (folder / "broken").mkdir(exist_ok=True)
         (folder / "broken" / f"{i}.png").write_text("no picture")
@@ -117,6 +118,9 @@ MORE = {
     f"sample.py {MODELS} --cfg-scale inf": "--cfg-scale cannot be inf",
     f"sample.py {MODELS} --device meta": "--device meta is not there",
     f"sample.py {MODELS} --out empty": "--out empty is no name of a picture",
+    f"sample.py {MODELS} --out a.wmf": "--out a.wmf is no name of a picture",
+    f"sample.py {MODELS} --out folder.png": "--out folder.png is no name of a picture",
+    f"sample.py {MODELS} --classes=": "--classes: '' is neither a class name nor a number below",
     f"sample.py {MODELS} --text-file empty/a": "empty/a: No such file or directory",
     "evaluate.py recon --vq gpt.pt --data digits --out out": "gpt.pt: not an image tokenizer but a GPT",
     "evaluate.py codes --codes empty --out out": "empty/meta.json is not there: encode the images first",
@@ -149,6 +153,37 @@ def test_an_interruption_is_one_line():
     code = "import os, signal, command_line\ncommand_line.cli(lambda: os.kill(os.getpid(), signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and done.stderr == "-c: interrupted\n"
+
+
+LOUD = """
+import logging, os, sys, tqdm, command_line
+
+def main():
+    for i in tqdm.tqdm(range(3), mininterval=0):
+        print(i, "\\u00fc", flush=i == 1)
+        logging.warning("a warning")
+    open(sys.argv[1], "w").write("done")
+    if len(sys.argv) > 2:
+        raise ValueError("bad input")
+
+command_line.cli(main)
+"""
+
+
+@pytest.mark.parametrize("redirected", ["> /dev/full 2>&1", ">&- 2>&-", "2>&1 | true", "2> /dev/null > /dev/null"])
+@pytest.mark.parametrize("bad", ["", "bad"])
+def test_what_nobody_hears_ends_no_run(bad, redirected, tmp_path):
+    """A full disk, closed streams, a pipe whose reader has gone, an encoding without the letter."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    command = f"{sys.executable} {tmp_path / 'loud.py'} {tmp_path / 'end'} {bad} {redirected}; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
+    assert subprocess.run(["bash", "-c", command], env=env, timeout=60).returncode == (2 if bad else 0)
+    assert (tmp_path / "end").read_text() == "done"
+
+
+def test_docstrings_may_be_gone():
+    done = subprocess.run([sys.executable, "-OO", "evaluate.py", "gen", "--help"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and b"--samples" in done.stdout
 
 
 AMONG_OTHERS = """

@@ -175,6 +175,19 @@ def test_a_signal_while_the_bar_is_drawn(closed, tmp_path, monkeypatch):
     assert said == "30%\n" if closed else sorted(said.split("\n"))[1:] == ["30%", TOLD.format(signal.SIGTERM.value)]
 
 
+def test_a_closed_terminal_asks_for_a_checkpoint():
+    """Unless the run was started to ignore it, as by nohup."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, times in ((signal.SIG_DFL, 1), (signal.SIG_IGN, 0)):
+            signal.signal(signal.SIGHUP, handler)
+            with distributed.stopping() as asked:
+                signal.raise_signal(signal.SIGHUP)
+            assert len(asked) == times and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def small(muon):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
