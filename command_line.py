@@ -112,10 +112,13 @@ class Heard:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # closed (2>&-)
-        with suppress(AttributeError):
-            self.stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
+        with suppress(AttributeError, OSError):
+            if self.stream.errors == "strict":
+                self.stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
 
     def __getattr__(self, name):
+        if name == "stream":  # of a copy, which has none yet
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
     def write(self, text):

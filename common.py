@@ -127,7 +127,8 @@ def writing(path):
     except (OSError, RuntimeError) as error:  # of a full disk NumPy names no file, torch.save hides the reason
         if getattr(error, "filename", None):
             raise
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path} could not be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -358,6 +358,8 @@ def _received(loader):
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:
+        if not loader.num_workers:
+            raise
         raise RuntimeError(f"DataLoader worker was lost: {error}") from error
 
 

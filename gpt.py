@@ -111,7 +111,8 @@ class Linear(nn.Linear):
         return super().forward(x) if self.copy is None else kernels.packed_linear(x, self.copy)
 
     def step(self, x, norm=None, residual=None, gated=False):
-        """Of one token a row, x [B, inputs]: this product of its norm, its SwiGLU, added to a residual, all in one."""
+        """Of one token a row, x [B, inputs]: this product of its norm, its SwiGLU, added to a residual, all in one. It
+        reads the weight itself: hooks, and layers wrapped around this one, are not called."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return kernels.skinny_linear(x, self.weight, weight, eps, residual, gated, self.copy)
 
@@ -142,8 +143,7 @@ class Attention(nn.Module):
         if cache is not None:
             t, d = x.shape[1], self.head_dim
             k, v = qkv.unflatten(-1, (-1, d)).transpose(1, 2)[:, self.n_head :].chunk(2, dim=1)  # B, G, T, D
-            for past, new in zip(cache, (kernels.apply_rope(k, cos, sin), v), strict=True):
-                past[:, :, :t, :d] = new
+            cache[0, :, :, :t, :d], cache[1, :, :, :t, :d] = kernels.apply_rope(k, cos, sin), v
         return self.wo(kernels.rope_attention(qkv, cos, sin, self.n_head, self.n_kv_head, padding))  # B, T, C
 
 

@@ -260,12 +260,14 @@ class Images:
 def _reserve(path):
     """Room on the disk for the whole file, which has holes: a write to a memory map that finds none kills a process."""
     if hasattr(os, "posix_fallocate"):
+        size = os.path.getsize(path)
         with open(path, "r+b") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+                os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):  # other systems cannot reserve
-                    what = f"no room for {os.path.getsize(path) / 1e6:.0f} MB of features: TMPDIR or --cache say where"
+                    os.unlink(path)
+                    what = f"no room for {size / 1e6:.0f} MB of features: TMPDIR or --cache say where"
                     raise OSError(error.errno, what, str(path)) from None
 
 

@@ -57,6 +57,8 @@ def _skinny_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if NORM:
+        norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):  # copied by way of shared memory, STAGES - 1 blocks ahead
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs + k, mask=mask_m & mask_k[None, :], other=0.0)
@@ -66,7 +68,9 @@ def _skinny_linear_kernel(
         if NORM:
             wide = x.to(tl.float32)
             squares += wide * wide
-            x = (wide * tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
+            x = (wide * norm.to(tl.float32)[None, :]).to(x.dtype)
+            norm_ptr += BLOCK_K  # a block ahead, too, else it might be waited for
+            norm = tl.load(norm_ptr + offs_k, mask=offs_k < K - k - BLOCK_K, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
             up = tl.dot(x, tl.trans(v), up, input_precision="ieee")
@@ -82,11 +86,11 @@ def _skinny_linear_kernel(
     tl.store(y_ptr + offs_m * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_config(M, N, gated, dtype):
-    """Constants for M rows and N columns: 4 to 16 KiB of the weight a block, no spills."""
+def launch_config(M, N, norm, gated, dtype):
+    """Constants for M rows and N columns: 4 or 8 KiB of the weight a block, most where programs are fewest."""
     block_m = 16 if M <= 16 else 32
     block_n = 32 if N >= 8192 and not gated else 16
-    block_k = 64 if dtype == torch.float32 else 128 if gated or block_m > 16 else 256
+    block_k = 64 if dtype == torch.float32 else 128 if norm or gated or block_m > 16 else 256
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=4, num_warps=4)
 
 
@@ -98,7 +102,7 @@ def _skinny_linear(
     x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
     (M, K), N = x.shape, len(weight) // 2 if gated else len(weight)
     y = x.new_empty(M, N)
-    config = launch_config(M, N, gated, x.dtype)
+    config = launch_config(M, N, norm_weight is not None, gated, x.dtype)
     norm, added = x if norm_weight is None else norm_weight.contiguous(), x if residual is None else residual
     if y.numel():
         with on_device(x):

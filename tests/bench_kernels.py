@@ -64,7 +64,9 @@ class Sizes:
         (16, 256, 255, 16, 64), (16, 256, 128, 16, 64), (16, 576, 288, 32, 100), (2, 576, 288, 32, 100),
         (256, 256, 128, 16, 64),
     )
-    linear: tuple = ((16, 8, 1024, 2816), (16, 2, 3200, 8704))  # rows, blocks, width, hidden width: GPT-L, 3B
+    linear: tuple = (  # rows, blocks, width, hidden width: GPT-L, 3B
+        (16, 8, 1024, 2816), (32, 8, 1024, 2816), (16, 2, 3200, 8704),
+    )
     sampling: tuple = ((8, 16384), (128, 16384))
     loss: tuple = (1024, 16384)
 

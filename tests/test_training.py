@@ -408,8 +408,8 @@ command_line.cli(main)"""
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_worker_killed_while_it_hands_over_is_told(error, monkeypatch, capsys):
     class Loader:
-        def __init__(self, *_, **how):
-            assert how["num_workers"] == 2
+        def __init__(self, *_, num_workers, **__):
+            self.num_workers = num_workers
 
         def __iter__(self):
             yield torch.zeros(1), torch.zeros(1), torch.zeros(1), []
