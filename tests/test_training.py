@@ -421,6 +421,10 @@ def test_a_worker_killed_while_it_hands_over_is_told(error, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="2"):
         command_line.cli(lambda: next(batches))
     assert "error: a process of --workers was killed, perhaps for its memory" in capsys.readouterr().err
+    batches = data.image_batches(data.ImageSet([None], [0], [""], [""], False), 8, 1, seed=0)
+    next(batches)
+    with pytest.raises(type(error)):  # without workers it is what it is
+        next(batches)
 
 
 def test_one_process_goes_on_as_two(codes, tmp_path):
