@@ -387,7 +387,8 @@ def check(target, rows):
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
     assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
     few = [row for row in rows if row["kernel"].startswith("linear") and "K=97" not in row["kernel"]]
-    bad = [row for row in few if len(row["copies"]) < 16 or "cp.async.ca" in row["copies"]]
+    least = 8 if target == "gfx942" else 16  # of x and of the weight in four stages, with 256 or 128 threads
+    bad = [row for row in few if len(row["copies"]) < least or "cp.async.ca" in row["copies"]]
     assert few and not bad, f"narrow copies of weights or rows:\n{show(bad)}"
 
 
