@@ -169,8 +169,8 @@ def _run(main):
             bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         if torch.distributed.is_initialized():  # its threads may abort the process while the interpreter ends
-            with suppress(OSError):  # a reader that has gone
+            with suppress(OSError):
                 atexit._run_exitfuncs()  # temporary folders, workers
-                sys.stdout.flush()
+            sys.stdout.flush()
             os._exit(2)
         sys.exit(2)

@@ -124,11 +124,8 @@ def writing(path):
     try:
         yield temporary
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # of a full disk NumPy names no file, torch.save hides the reason
-        if getattr(error, "filename", None):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} could not be written: {reason}") from error
+    except OSError as error:  # of a full disk NumPy and PIL name no file
+        raise error if error.filename else OSError(f"{path} could not be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,7 +133,10 @@ def writing(path):
 def save_file(path, content):
     """torch.save, flushed to disk before the file gets its name."""
     with writing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # it hides the system's reason
+            raise OSError(str(error).partition("\n")[0]) from error
         file.flush()
         os.fsync(file.fileno())
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from captions import CaptionFeatures, CaptionTokens, CaptionWriter, train_tokenizer, without_path
 from codes import CodeFile, CodeWriter
 from command_line import DEVICE_HELP, HUB_HELP, Parser, cli
-from common import autocast, file_sha256, make_folder, rank_and_world
+from common import autocast, file_sha256, make_folder, rank_and_world, write_whole
 from crops import as_size, center_crop, check_size, mirrored, ten_crops
 from data import add_data_options, check_images, check_unusable, eval_batches, load_images, too_many
 from distributed import alone, barrier, everyone, processes, say
@@ -248,7 +248,7 @@ def run(vq, args, size, device):
         return
     images = {split: join(args.out / split, folders[split], splits[split], reader) for split in splits}
     seconds = time.perf_counter() - start
-    result.write_text(json.dumps(dict(seconds=seconds, images=images), indent=1))
+    write_whole(result, json.dumps(dict(seconds=seconds, images=images), indent=1))
     remove_parts(args.out)
     print(f"{images['train']} images to train on and {images['val']} held out in {seconds:.1f} s: {args.out}")
 

@@ -262,7 +262,7 @@ class RunLog:
     def result(self, **values):
         """result.json: how the run ended."""
         if self.writes:
-            (self.out / "result.json").write_text(json.dumps(values, indent=1))
+            write_whole(self.out / "result.json", json.dumps(values, indent=1))
 
     def plot(self, parts=("loss",)):
         """loss.png over steps: held-out loss, and the sum of those `parts` of the training loss that are in it."""

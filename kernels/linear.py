@@ -27,13 +27,20 @@ import torch
 import torch.nn.functional as F
 
 from kernels import on_device, tl, triton, use_triton
-from kernels.rms_norm import rms_norm
-from kernels.swiglu import swiglu
+from kernels.rms_norm import rms_norm, rms_norm_ref
+from kernels.swiglu import swiglu, swiglu_ref
 
 MAX_ROWS = 32
 
 
-def skinny_linear_ref(x, weight, norm_weight, eps, residual, gated, packed=None):
+def skinny_linear_ref(x, weight, norm_weight, eps, residual, gated):
+    y = F.linear(x if norm_weight is None else rms_norm_ref(x, norm_weight, eps), weight)
+    y = swiglu_ref(y) if gated else y
+    return y if residual is None else residual + y
+
+
+def _one_by_one(x, weight, norm_weight, eps, residual, gated, packed=None):
+    """The same by libraries and the other kernels; the residual is overwritten."""
     x = x if norm_weight is None else rms_norm(x, norm_weight, eps)
     if packed is None and not gated and residual is not None:
         return residual.addmm_(x, weight.T)  # in place, one kernel of cuBLAS; apart from it the sum would be another
@@ -136,7 +143,7 @@ def skinny_linear(x, weight, norm_weight=None, eps=0.0, residual=None, gated=Fal
     served = len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.dtype == weight.dtype
     if served and use_triton(x):
         return _skinny_linear(x, weight, norm_weight, eps, residual, gated)
-    return skinny_linear_ref(x, weight, norm_weight, eps, residual, gated, packed)
+    return _one_by_one(x, weight, norm_weight, eps, residual, gated, packed)
 
 
 def _multiplies_bfloat16():

@@ -151,14 +151,14 @@ def rms_cases(sizes):
 
     def library(x, weight, residual=None):
         s = x if residual is None else F.dropout(x, dropout) + residual
-        y = F.rms_norm(s, (s.shape[-1],), weight.to(s.dtype), 1e-5).to(x.dtype)
+        y = F.rms_norm(s, (s.shape[-1],), weight.to(s.dtype), EPS).to(x.dtype)
         return y if residual is None else (y, s)
 
     def ours(x, weight, *residual):
-        return kernels.rms_norm(x, weight, 1e-5, *residual, dropout=dropout * len(residual))
+        return kernels.rms_norm(x, weight, EPS, *residual, dropout=dropout * len(residual))
 
     def eager(x, weight, *residual):
-        return rms_norm_file.rms_norm_ref(x, weight, 1e-5, *residual, dropout=dropout * len(residual))
+        return rms_norm_file.rms_norm_ref(x, weight, EPS, *residual, dropout=dropout * len(residual))
 
     def exact(x, weight, *residual):
         """What `ours` has to give when it starts from seed 0: the elements that it keeps show on ones."""
@@ -166,7 +166,7 @@ def rms_cases(sizes):
             torch.manual_seed(0)
             ones = torch.ones(x.shape, dtype=torch.bfloat16, device=x.device)
             x = x * (ours(ones, ones[0], 0 * ones)[1] != 0) / (1 - dropout)
-        return rms_norm_file.rms_norm_ref(x, weight, 1e-5, *residual)
+        return rms_norm_file.rms_norm_ref(x, weight, EPS, *residual)
 
     for W in sizes.widths:
         for add, direction in ((False, "fwd"), (True, "fwd"), (False, "bwd"), (True, "bwd")):
@@ -336,11 +336,6 @@ def linear_cases(sizes):
             x = linear(y, w2[i], None, 0.0, x, False)
         return x
 
-    def plain(x, weight, norm_weight, eps, residual, gated):
-        x = x if norm_weight is None else rms_norm_file.rms_norm_ref(x, norm_weight, eps)
-        y = swiglu_file.swiglu_ref(F.linear(x, weight)) if gated else F.linear(x, weight)
-        return y if residual is None else residual + y
-
     for M, blocks, C, H in sizes.linear:
 
         def make(M=M, blocks=blocks, C=C, H=H):
@@ -352,8 +347,8 @@ def linear_cases(sizes):
         weights = blocks * (4 * C * C + 3 * C * H)
         yield Case(
             "skinny_linear", f"{M} rows, {blocks}x{C}x{H}", "bfloat16", "fwd", make,
-            functools.partial(chain, kernels.skinny_linear), functools.partial(chain, plain),
-            functools.partial(chain, linear_file.skinny_linear_ref), 2 * weights, 2 * M * weights,
+            functools.partial(chain, kernels.skinny_linear), functools.partial(chain, linear_file.skinny_linear_ref),
+            functools.partial(chain, linear_file._one_by_one), 2 * weights, 2 * M * weights,
             latency_ms=4 * blocks * bench.KERNEL_MS, captured=True, tolerance=5e-2,
         )
 
