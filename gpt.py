@@ -110,11 +110,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         return super().forward(x) if self.copy is None else kernels.packed_linear(x, self.copy)
 
-    def step(self, x, norm=None, residual=None, gated=False):
-        """Of one token a row, x [B, inputs]: this product of its norm, its SwiGLU, added to a residual, all in one. It
-        reads the weight itself: hooks, and layers wrapped around this one, are not called."""
+    def step(self, x, norm=None, lengths=None, residual=None, gated=False):
+        """Of one token a row, x [B, inputs]: this product of its norm, its SwiGLU, added to a residual, all in one, as
+        `kernels.skinny_linear` has it. It reads the weight: hooks, and layers wrapped around this, are not called."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return kernels.skinny_linear(x, self.weight, weight, eps, residual, gated, self.copy)
+        return kernels.skinny_linear(x, self.weight, weight, eps, lengths, residual, gated, self.copy)
 
 
 class RMSNorm(nn.Module):
@@ -185,13 +185,14 @@ class Block(nn.Module):
         x, residual = self.ffn_norm(self.attention(x, *where), residual)
         return self.feed_forward(x), residual
 
-    def step(self, s, cos, sin, padding, cache, position):
-        """The same of one token a row, s [B, C], at `position` int64 [1]: it reads the cache, and extends it."""
+    def step(self, s, lengths, cos, sin, padding, cache, position):
+        """The same of one token a row, s [B, C], at `position` int64 [1]: it reads the cache, and extends it. With s
+        goes what its next norm has to know of it (`kernels.skinny_linear`)."""
         a, f = self.attention, self.feed_forward
-        qkv = a.wqkv.step(s, self.attention_norm)
+        qkv = a.wqkv.step(s, self.attention_norm, lengths)
         y = kernels.decode_attention(qkv, cos, sin, *cache, position, a.n_head, a.n_kv_head, padding)
-        s = a.wo.step(y, residual=s)
-        return f.w2.step(f.w13.step(s, self.ffn_norm, gated=True), residual=s)
+        s, lengths = a.wo.step(y, residual=s)
+        return f.w2.step(f.w13.step(s, self.ffn_norm, lengths, gated=True), residual=s)
 
 
 class ClassEmbedder(nn.Module):
@@ -426,10 +427,10 @@ class GPT(nn.Module):
 
     def step(self, codes, position, padding, cache):
         """Codes int64 [B] at `position` of the sequence, int64 [1] on their device -> logits [B, V] of the next."""
-        s = self.embed_codes(codes)
+        s, lengths = self.embed_codes(codes), None
         for i, block in enumerate(self.layers):
-            s = block.step(s, self.cos, self.sin, padding, cache[:, i, : len(s)], position)
-        return self.logits(self.norm(s)[0]) if self.code_features else self.output.step(s, self.norm)
+            s, lengths = block.step(s, lengths, self.cos, self.sin, padding, cache[:, i, : len(s)], position)
+        return self.logits(self.norm(s)[0]) if self.code_features else self.output.step(s, self.norm, lengths)
 
     def flops_per_image(self):
         """FLOPs of one image in training, 2 per multiply-add, without recomputation: matmuls of blocks and output and

@@ -7,11 +7,14 @@ On a GPU one kernel computes y = W x, with what stands before and after it in a 
 Bytes: the weight once, 2 N K in 16 bits (GPT-L: 2 to 12 MB, 0.7 to 3.8 us at an H100's 3.0 TB/s); the rows of x, which
 every program reads, come from L2. FLOPs: 2 M N K, at 16 rows 16 per byte: bound by memory, and by the microseconds that
 a kernel takes to start, to wait for its first bytes and to end. So norm, SwiGLU and residual add have no kernel of
-their own. W (g x) / rms(x) = W norm(x) for the norm's weight g: a program sums the squares of its rows beside the
-product, and divides at the end; g x is rounded once, where the norm alone rounds twice. A program has BLOCK_N rows of
-the weight, whole: no sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64
-programs (of N = 1,024) have 1.5 MB on their way, about what memory's latency asks for. More than MAX_ROWS rows are left
-to cuBLAS.
+their own. W (g x) / rms(x) = W norm(x) for the norm's weight g: the sum is divided at the end, and g x is rounded once,
+where the norm alone rounds twice. rms(x) is known before: a program that adds a residual stores the lengths of its 16
+columns of every row, and a norm adds the squares of 64 to 256 of them. A program has BLOCK_N rows of the weight,
+whole: no sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64 programs (of
+N = 1,024) have 1.5 MB on their way, about what memory's latency asks for. The four warps divide each block's depth, as
+a batched product, and add up at the end: dividing the 16 x 16 tile of y, each would read all of x, and wait for each
+tensor-core product before the next. Tiles are transposed before the product so that Triton swizzles them in shared
+memory: x as it is would meet 8-way bank conflicts. More than MAX_ROWS rows are left to cuBLAS.
 
 On a CPU the weight is laid out once the way oneDNN reads it. In PyTorch's own layout each product costs up to three
 times as much: GPT-B's matrices times 8 rows took 45 ms in float32 and 17 in bfloat16, packed 14 and 8 (2 cores of an
@@ -51,99 +54,117 @@ def _one_by_one(x, weight, norm_weight, eps, residual, gated, packed=None):
 
 @triton.jit
 def _skinny_linear_kernel(
-    x_ptr, weight_ptr, norm_ptr, residual_ptr, y_ptr, stride_xm, stride_rm, M, N, eps,
+    x_ptr, weight_ptr, norm_ptr, length_ptr, residual_ptr, y_ptr, y_length_ptr, stride_xm, stride_rm, M, N, P, eps,
     K: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """N columns of y, from as many rows of the weight, or with GATED from N and the N after them."""
-    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
-    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
-    w_ptrs = weight_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    """The product with BLOCK_N of the weight's N rows; with GATED rows of its two halves take turns."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, :]
+    mask_m, mask_n = (offs_m < M)[None, None, :], (offs_n < N)[None, :, None]
+    row = offs_n // 2 + offs_n % 2 * (N // 2) if GATED else offs_n
+    x_ptrs = x_ptr + offs_k[:, :, None] + offs_m[None, None, :].to(tl.int64) * stride_xm  # PARTS, depth, BLOCK_M
+    w_ptrs = weight_ptr + row[None, :, None].to(tl.int64) * K + offs_k[:, None, :]  # PARTS, BLOCK_N, depth
+    acc = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32)
     if NORM:
+        offs_p = tl.arange(0, BLOCK_P)[:, None]
+        length = tl.load(length_ptr + offs_p * M + offs_m, mask=(offs_p < P) & (offs_m < M), other=0.0)
+        rstd = tl.rsqrt(tl.sum(length * length, 0) / K + tl.cast(eps, tl.float32))
         norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):  # copied by way of shared memory, STAGES - 1 blocks ahead
         mask_k = offs_k < K - k
-        x = tl.load(x_ptrs + k, mask=mask_m & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs + k, mask=mask_n & mask_k[None, :], other=0.0)
-        if GATED:
-            v = tl.load(w_ptrs + (tl.cast(N, tl.int64) * K + k), mask=mask_n & mask_k[None, :], other=0.0)
+        x = tl.load(x_ptrs + k, mask=mask_m & mask_k[:, :, None], other=0.0)
+        w = tl.load(w_ptrs + k, mask=mask_n & mask_k[:, None, :], other=0.0)
         if NORM:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            x = (wide * norm.to(tl.float32)[None, :]).to(x.dtype)
+            x = (x.to(tl.float32) * norm.to(tl.float32)[:, :, None]).to(x.dtype)
             norm_ptr += BLOCK_K  # a block ahead, too, else it might be waited for
             norm = tl.load(norm_ptr + offs_k, mask=offs_k < K - k - BLOCK_K, other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-        if GATED:
-            up = tl.dot(x, tl.trans(v), up, input_precision="ieee")
+        acc = tl.dot(tl.trans(x, 0, 2, 1), tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
+    y = tl.sum(acc, 0)
     if NORM:
-        rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + tl.cast(eps, tl.float32))
-        acc, up = acc * rstd, up * rstd
+        y *= rstd[:, None]
     if GATED:
-        acc = acc * tl.sigmoid(acc) * up
-    offs_m, offs_n = offs_m[:, None].to(tl.int64), offs_n[None, :]
-    mask = mask_m & (offs_n < N)
+        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+        y = gate * tl.sigmoid(gate) * up
+        N //= 2
+        offs_n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    offs_m = offs_m.to(tl.int64)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if ADD:
-        acc += tl.load(residual_ptr + offs_m * stride_rm + offs_n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs_m * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(residual_ptr + offs_m[:, None] * stride_rm + offs_n, mask=mask, other=0.0).to(tl.float32)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n, y, mask=mask)
+    if ADD:
+        wide = tl.where(mask, y.to(tl.float32), 0.0)
+        length = tl.sqrt(tl.sum(wide * wide, 1))
+        tl.store(y_length_ptr + tl.program_id(0) * M + offs_m, length, mask=offs_m < M)
 
 
-def launch_config(M, N, norm, gated, dtype):
-    """Constants for M rows and N columns: 4 or 8 KiB of the weight a block, most where programs are fewest."""
+def launch_config(M, N, gated, dtype):
+    """Constants for M rows of x and N of the weight: 8 KiB of it a block, or 4."""
     block_m = 16 if M <= 16 else 32
-    block_n = 32 if N >= 8192 and not gated else 16
-    block_k = 64 if dtype == torch.float32 else 128 if norm or gated or block_m > 16 else 256
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=4, num_warps=4)
+    block_n = 32 if N >= 8192 or gated else 16
+    block_k = 64 if dtype == torch.float32 else 128 if block_m + block_n > 32 else 256
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=4, STAGES=4, num_warps=4)
 
 
 @torch.library.custom_op("nanollamagen::skinny_linear", mutates_args=())
 def _skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None,
-    gated: bool,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, lengths: torch.Tensor | None,
+    residual: torch.Tensor | None, gated: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
-    (M, K), N = x.shape, len(weight) // 2 if gated else len(weight)
-    y = x.new_empty(M, N)
-    config = launch_config(M, N, norm_weight is not None, gated, x.dtype)
-    norm, added = x if norm_weight is None else norm_weight.contiguous(), x if residual is None else residual
+    (M, K), N, P = x.shape, len(weight), 1 if norm_weight is None else len(lengths)
+    config = launch_config(M, N, gated, x.dtype)
+    y, y_lengths = _outputs(x, weight, residual, gated)
+    norm, lengths = (x, y_lengths) if norm_weight is None else (norm_weight.contiguous(), lengths.contiguous())
+    added = x if residual is None else residual
     if y.numel():
         with on_device(x):
             _skinny_linear_kernel[triton.cdiv(N, config["BLOCK_N"]),](
-                x, weight.contiguous(), norm, added, y, x.stride(0), added.stride(0), M, N, eps, K=K,
-                NORM=norm_weight is not None, ADD=residual is not None, GATED=gated, **config,
+                x, weight.contiguous(), norm, lengths, added, y, y_lengths, x.stride(0), added.stride(0), M, N, P, eps,
+                K=K, NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
+                BLOCK_P=triton.next_power_of_2(P), **config,
             )
-    return y
+    return y, y_lengths
 
 
 @_skinny_linear.register_fake
-def _(x, weight, norm_weight, eps, residual, gated):
-    return x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+def _(x, weight, norm_weight, eps, lengths, residual, gated):
+    return _outputs(x, weight, residual, gated)
 
 
-def skinny_linear(x, weight, norm_weight=None, eps=0.0, residual=None, gated=False, packed=None):
-    """residual + W norm(x), or + swiglu(W norm(x)) if gated, for few rows; without norm_weight W x, without residual
-    no sum.
+def _outputs(x, weight, residual, gated):
+    """y, and lengths of its rows, which have a part for each program; none without a residual."""
+    (M, _), N = x.shape, len(weight)
+    parts = 0 if residual is None else -(-N // launch_config(M, N, gated, x.dtype)["BLOCK_N"])
+    return x.new_empty(M, N // 2 if gated else N), x.new_empty(parts, M, dtype=torch.float32)
+
+
+def skinny_linear(x, weight, norm_weight=None, eps=0.0, lengths=None, residual=None, gated=False, packed=None):
+    """W norm(x), or swiglu(W norm(x)) if gated, for few rows; without norm_weight W x. With a residual (the sum,
+    lengths): pass these on with the sum to the product of its norm, which then need not read all of it first.
 
     x [B, K] and weight [N, K] of one dtype, norm_weight [K], residual [B, N] (gated: [B, N/2]) -> [B, N] or [B, N/2].
-    The residual may be overwritten. packed: what `pack` made of the weight, for a CPU. Other dtypes than float32 and
-    bfloat16, and more than MAX_ROWS rows, take the operations one by one. No gradient. Raises ValueError where the
-    shapes disagree.
+    lengths, float32 [P, B], are the 2-norms of P parts of each row of x, or None: not known. The residual may be
+    overwritten. packed: what `pack` made of the weight, for a CPU. Other dtypes than float32 and bfloat16, and more
+    than MAX_ROWS rows, take the operations one by one. No gradient. Raises ValueError where the shapes disagree.
     """
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and (not gated or len(weight) % 2 == 0)
     fits = fits and (norm_weight is None or norm_weight.shape == x.shape[1:])
+    fits = fits and (lengths is None or lengths.dim() == 2 and len(lengths) and lengths.shape[1] == len(x))
     if not fits or residual is not None and residual.shape != (len(x), N):
-        shapes = [None if t is None else tuple(t.shape) for t in (x, weight, norm_weight, residual)]
-        raise ValueError(f"skinny_linear: x, weight, norm_weight, residual are {shapes}" + ", gated" * gated)
+        shapes = [None if t is None else tuple(t.shape) for t in (x, weight, norm_weight, lengths, residual)]
+        raise ValueError(f"skinny_linear: x, weight, norm_weight, lengths, residual are {shapes}" + ", gated" * gated)
     served = len(x) <= MAX_ROWS and x.dtype in (torch.float32, torch.bfloat16) and x.dtype == weight.dtype
     if served and use_triton(x):
-        return _skinny_linear(x, weight, norm_weight, eps, residual, gated)
-    return _one_by_one(x, weight, norm_weight, eps, residual, gated, packed)
+        if norm_weight is not None and lengths is None:
+            lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)[None]
+        y, lengths = _skinny_linear(x, weight, norm_weight, eps, lengths, residual, gated)
+    else:
+        y, lengths = _one_by_one(x, weight, norm_weight, eps, residual, gated, packed), None
+    return y if residual is None else (y, lengths)
 
 
 def _multiplies_bfloat16():

@@ -178,10 +178,9 @@ def floor_seconds(model, rows, copy):
 
 
 def predicted_seconds(model, rows, copy):
-    """The floor, and for each kernel what it takes to start, to wait for its first bytes and to end: 5 a layer and 6
-    besides, 8 and 7 where norms and SwiGLU are apart; the draw from the top-k takes 15 us more."""
-    few = rows <= MAX_ROWS
-    n = (5 if few else 8) * model.config.n_layer + (6 if few else 7)
+    """The floor, and for each kernel what it takes to start, to wait for its first bytes and to end: 5 a layer, 8
+    where norms and SwiGLU are apart, and 7 besides; the draw from the top-k takes 15 us more."""
+    n = (5 if rows <= MAX_ROWS else 8) * model.config.n_layer + 7
     return floor_seconds(model, rows, copy) + 1e-3 * (bench.KERNEL_MS * n + 15e-3) * math.prod(model.config.grid)
 
 

@@ -183,6 +183,7 @@ def decode_cases(target):
 def linear_cases(target):
     """The products of a step of GPT-L, one by one or fused; of 3B; more rows; in float32."""
     import torch
+    import triton
 
     file, bf16 = importlib.import_module("kernels.linear"), "bfloat16"
     L = [(1024, 3072, "norm"), (1024, 1024, "add"), (1024, 2816, "norm gated"), (2816, 1024, "add"),
@@ -193,10 +194,12 @@ def linear_cases(target):
     if target == "sm_90":
         runs += [(1, 768, 2304, "norm", bf16), (4, 97, 31, "norm gated", bf16), (16, 1024, 1024, "", bf16)]
     for M, K, N, kind, x in runs:
-        config = file.launch_config(M, N, "norm" in kind, "gated" in kind, getattr(torch, x))
         told = dict(K=K, NORM="norm" in kind, ADD="add" in kind, GATED="gated" in kind)
-        per = config["BLOCK_N"] * config["BLOCK_K"] * (1 + told["GATED"]) / threads(config, target)
-        args = (x, x, x, x, x, K, N, M, N, 1e-5)
+        rows = 2 * N if told["GATED"] else N
+        config = file.launch_config(M, rows, told["GATED"], getattr(torch, x))
+        told["BLOCK_P"] = triton.next_power_of_2(K // 16) if told["NORM"] else 1
+        per = config["BLOCK_N"] * config["BLOCK_K"] / threads(config, target)
+        args = (x, x, x, "float32", x, x, "float32", K, N, M, rows, 64, 1e-5)
         name = f"linear M={M} K={K}" + f" N={N}" * (N >= 8192) + f" {x} {kind}".rstrip()
         yield name, file._skinny_linear_kernel, args, dict(config, **told), per, 1
 
@@ -298,6 +301,7 @@ def compile_case(target, index, counted):
     usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump(cubin, "--dump-resource-usage")))
     row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=ptx.count(MMA[target]))
     row |= dict(tf32=ptx.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", ptx))
+    row |= dict(tiles=re.findall(r"swizzled_shared<.*maxPhase = (\d+)", binary.asm["ttgir"]))
     if counted is None or name in counted:
         row |= count(target, name, cubin, per_thread, trips)
     return row
@@ -390,6 +394,8 @@ def check(target, rows):
     least = 8 if target == "gfx942" else 16  # of x and of the weight in four stages, with 256 or 128 threads
     bad = [row for row in few if len(row["copies"]) < least or "cp.async.ca" in row["copies"]]
     assert few and not bad, f"narrow copies of weights or rows:\n{show(bad)}"
+    bad = [row for row in few if target != "gfx942" and "float32" not in row["kernel"] and "1" in row["tiles"]]
+    assert not bad, f"rows that share banks of shared memory:\n{show(bad)}"
 
 
 if __name__ == "__main__":

@@ -45,16 +45,22 @@ def direct(x, weight, norm_weight, eps, residual, gated):
     return y if residual is None else residual.double() + y
 
 
+def run(x, weight, **more):
+    """The product, without what the norm of a sum would be told."""
+    y = kernels.skinny_linear(x, weight, **more)
+    return y if more["residual"] is None else y[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_skinny_linear(shape, dtype, kind):
     """At most twice the error of the same operations one by one."""
     x, weight, more = make(*shape, dtype, **KINDS[kind])
-    got, exact = kernels.skinny_linear(x, weight, **more), direct(x, weight, **more)
+    got, exact = run(x, weight, **more), direct(x, weight, **more)
     assert got.dtype == dtype and got.shape == exact.shape
     kernels.use("torch")
-    plain = kernels.skinny_linear(x, weight, **more)
+    plain = run(x, weight, **more)
     ulp = torch.finfo(dtype).eps * exact.abs().amax(1, keepdim=True)  # of each row, whose lengths differ
     mine, theirs = ((y - exact) / ulp for y in (got, plain))
     assert mine.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + 12**-0.5
@@ -64,15 +70,32 @@ def test_skinny_linear(shape, dtype, kind):
 def test_logits():
     """Wide enough for another block."""
     x, weight, more = make(2, 16, 8209, "plain", torch.float32, norm=True)
-    torch.testing.assert_close(kernels.skinny_linear(x, weight, **more), direct(x, weight, **more).float())
+    torch.testing.assert_close(run(x, weight, **more), direct(x, weight, **more).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("gated", [False, True])
+def test_lengths(dtype, gated):
+    """Those of a sum are of its rows as they were rounded, in parts; its norm needs no others."""
+    x, weight, more = make(5, 40, 70, "strided", dtype, norm=gated, gated=gated, add=True)
+    s, lengths = kernels.skinny_linear(x, weight, **more)
+    assert lengths.dtype == torch.float32 and lengths.shape == (5, 5)  # 70 columns by 16
+    torch.testing.assert_close(lengths.square().sum(0), s.float().square().sum(1))
+    x, weight, more = make(5, 70, 40, "plain", dtype, norm=True)
+    told = run(s, weight, lengths=lengths, **more)
+    torch.testing.assert_close(told, run(s, weight, **more), rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5)
+    twice = run(s, weight, lengths=2 * lengths, **more | dict(eps=0.0))  # read they are
+    assert torch.equal(2 * twice, run(s, weight, lengths=lengths, **more | dict(eps=0.0)))
+    kernels.use("torch")
+    assert torch.equal(run(s, weight, lengths=lengths, **more), run(s, weight, **more))  # not needed
 
 
 def test_rows_do_not_depend_on_the_batch():
     """As long as BLOCK_M is the same for their number."""
     x, weight, more = make(16, 300, 40, "plain", torch.bfloat16, norm=True, gated=True)
-    whole = kernels.skinny_linear(x, weight, **more)
+    whole = run(x, weight, **more)
     for B in (1, 5):
-        assert torch.equal(kernels.skinny_linear(x[:B], weight, **more), whole[:B])
+        assert torch.equal(run(x[:B], weight, **more), whole[:B])
 
 
 def test_weights_in_pieces():
@@ -90,22 +113,24 @@ def test_what_the_kernel_does_not_serve(monkeypatch):
     monkeypatch.setattr(linear_file, "_skinny_linear", lambda *args: calls.append(args))
     for B, dtype in ((33, torch.float32), (4, torch.float16)):
         x, weight, more = make(B, 24, 10, "plain", dtype, norm=True, gated=True, add=True)
-        exact, got = direct(x, weight, **more), kernels.skinny_linear(x, weight, **more)
+        exact, (got, lengths) = direct(x, weight, **more), kernels.skinny_linear(x, weight, **more)
         torch.testing.assert_close(got.double(), exact, rtol=5e-3, atol=2e-2)
+        assert lengths is None
     assert not calls
     monkeypatch.undo()
     for mode in ("triton", "torch"):
         kernels.use(mode)
         x, weight, more = make(0, 24, 10, "plain", torch.float32, norm=True, gated=True, add=True)
-        assert kernels.skinny_linear(x, weight, **more).shape == (0, 10)
+        assert run(x, weight, **more).shape == (0, 10)
 
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
 def test_what_it_refuses(mode):
     kernels.use(mode)
     x, weight, more = make(2, 24, 10, "plain", torch.float32, norm=True, gated=True, add=True)
-    refused = functools.partial(pytest.raises, ValueError, match="skinny_linear: x, weight, norm_weight, residual are")
-    for changes in (dict(residual=x), dict(norm_weight=x[0, :5]), dict(gated=False)):
+    refused = functools.partial(pytest.raises, ValueError, match="skinny_linear: x, weight, norm_weight, lengths,")
+    wrong_lengths = (dict(lengths=x[:, 0]), dict(lengths=x.T[:, :1]), dict(lengths=x.T[:0]))
+    for changes in (dict(residual=x), dict(norm_weight=x[0, :5]), dict(gated=False), *wrong_lengths):
         with refused():
             kernels.skinny_linear(x, weight, **more | changes)
     for wrong in ((x[0], weight), (x[:, :5], weight), (x, weight[0])):
@@ -118,7 +143,8 @@ def test_what_it_refuses(mode):
 def test_opcheck():
     for kind in KINDS.values():
         x, weight, more = make(3, 24, 10, "plain", torch.float32, **kind)
-        args = x, weight, more["norm_weight"], more["eps"], more["residual"], more["gated"]
+        lengths = x.norm(dim=1)[None] if "norm" in kind else None
+        args = x, weight, more["norm_weight"], more["eps"], lengths, more["residual"], more["gated"]
         torch.library.opcheck(torch.ops.nanollamagen.skinny_linear.default, args)
 
 
@@ -127,7 +153,7 @@ def test_compile(backend):
     x, weight, more = make(3, 24, 24, "plain", torch.float32, norm=True, add=True)
 
     def twice(x):
-        return kernels.skinny_linear(2 * kernels.skinny_linear(x, weight, **more), weight)
+        return kernels.skinny_linear(2 * run(x, weight, **more), weight)
 
     torch.testing.assert_close(torch.compile(twice, fullgraph=True, backend=backend)(x), twice(x))
 
