@@ -8,13 +8,16 @@ Bytes: the weight once, 2 N K in 16 bits (GPT-L: 2 to 12 MB, 0.7 to 3.8 us at an
 every program reads, come from L2. FLOPs: 2 M N K, at 16 rows 16 per byte: bound by memory, and by the microseconds that
 a kernel takes to start, to wait for its first bytes and to end. So norm, SwiGLU and residual add have no kernel of
 their own. W (g x) / rms(x) = W norm(x) for the norm's weight g: the sum is divided at the end, and g x is rounded once,
-where the norm alone rounds twice. rms(x) is known before: a program that adds a residual stores the lengths of its 16
-columns of every row, and a norm adds the squares of 64 to 256 of them. A program has BLOCK_N rows of the weight,
-whole: no sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64 programs (of
-N = 1,024) have 1.5 MB on their way, about what memory's latency asks for. The four warps divide each block's depth, as
-a batched product, and add up at the end: dividing the 16 x 16 tile of y, each would read all of x, and wait for each
-tensor-core product before the next. Tiles are transposed before the product so that Triton swizzles them in shared
-memory: x as it is would meet 8-way bank conflicts. More than MAX_ROWS rows are left to cuBLAS.
+where the norm alone rounds twice. rms(x) is known before: a program that adds a residual stores the length (2-norm) of
+its part of every row, and the norm adds the squares of all parts. A program has BLOCK_N rows of the weight, whole: no
+sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64 programs (of N =
+1,024) have 1.5 MB on their way, about what memory's latency asks for. More than MAX_ROWS rows are left to cuBLAS.
+
+The four warps divide each block's depth, as a batched product, and add up at the end: dividing the tile of y, each
+would read all of x, and wait for each tensor-core product before the next. For shared memory without bank conflicts
+Triton has to swizzle both tiles by their rows. It swizzles by the dimension next to the depth in the layout that it
+chooses: a batch's left operand as it is would be swizzled by part, and 8 rows of x share their banks; one that is
+transposed first, by row; one that is used besides the product (for squares), not at all.
 
 On a CPU the weight is laid out once the way oneDNN reads it. In PyTorch's own layout each product costs up to three
 times as much: GPT-B's matrices times 8 rows took 45 ms in float32 and 17 in bfloat16, packed 14 and 8 (2 cores of an
@@ -69,7 +72,6 @@ def _skinny_linear_kernel(
     if NORM:
         offs_p = tl.arange(0, BLOCK_P)[:, None]
         length = tl.load(length_ptr + offs_p * M + offs_m, mask=(offs_p < P) & (offs_m < M), other=0.0)
-        rstd = tl.rsqrt(tl.sum(length * length, 0) / K + tl.cast(eps, tl.float32))
         norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):  # copied by way of shared memory, STAGES - 1 blocks ahead
         mask_k = offs_k < K - k
@@ -82,6 +84,7 @@ def _skinny_linear_kernel(
         acc = tl.dot(tl.trans(x, 0, 2, 1), tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
     y = tl.sum(acc, 0)
     if NORM:
+        rstd = tl.rsqrt(tl.sum(length * length, 0) / K + tl.cast(eps, tl.float32))  # not earlier: copies would wait
         y *= rstd[:, None]
     if GATED:
         gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -95,7 +98,7 @@ def _skinny_linear_kernel(
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs_m[:, None] * N + offs_n, y, mask=mask)
     if ADD:
-        wide = tl.where(mask, y.to(tl.float32), 0.0)
+        wide = y.to(tl.float32)  # 0 beyond N
         length = tl.sqrt(tl.sum(wide * wide, 1))
         tl.store(y_length_ptr + tl.program_id(0) * M + offs_m, length, mask=offs_m < M)
 
@@ -153,7 +156,9 @@ def skinny_linear(x, weight, norm_weight=None, eps=0.0, lengths=None, residual=N
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and (not gated or len(weight) % 2 == 0)
     fits = fits and (norm_weight is None or norm_weight.shape == x.shape[1:])
-    fits = fits and (lengths is None or lengths.dim() == 2 and len(lengths) and lengths.shape[1] == len(x))
+    if lengths is not None:
+        fits = fits and norm_weight is not None and lengths.dim() == 2 and len(lengths) and lengths.shape[1] == len(x)
+        fits = fits and lengths.dtype == torch.float32
     if not fits or residual is not None and residual.shape != (len(x), N):
         shapes = [None if t is None else tuple(t.shape) for t in (x, weight, norm_weight, lengths, residual)]
         raise ValueError(f"skinny_linear: x, weight, norm_weight, lengths, residual are {shapes}" + ", gated" * gated)

@@ -189,17 +189,18 @@ def linear_cases(target):
     L = [(1024, 3072, "norm"), (1024, 1024, "add"), (1024, 2816, "norm gated"), (2816, 1024, "add"),
          (1024, CODES, "norm")]
     runs = [(16, *sizes, bf16) for sizes in L] + [(32, *sizes, bf16) for sizes in L[:3]]
-    runs += [(16, 3200, 8704, "norm gated", bf16), (16, 1024, 2816, "norm gated", "float32"),
-             (32, 1024, 2816, "norm gated", "float32")]
+    runs += [(16, 3200, 8704, "norm gated", bf16), (16, 1024, 3072, "norm first", bf16),
+             (16, 1024, 2816, "norm gated", "float32"), (32, 1024, 2816, "norm gated", "float32")]
     if target == "sm_90":
         runs += [(1, 768, 2304, "norm", bf16), (4, 97, 31, "norm gated", bf16), (16, 1024, 1024, "", bf16)]
     for M, K, N, kind, x in runs:
         told = dict(K=K, NORM="norm" in kind, ADD="add" in kind, GATED="gated" in kind)
         rows = 2 * N if told["GATED"] else N
         config = file.launch_config(M, rows, told["GATED"], getattr(torch, x))
-        told["BLOCK_P"] = triton.next_power_of_2(K // 16) if told["NORM"] else 1
+        P = K // 16 if told["NORM"] and "first" not in kind else 1
+        told["BLOCK_P"] = triton.next_power_of_2(P)
         per = config["BLOCK_N"] * config["BLOCK_K"] / threads(config, target)
-        args = (x, x, x, "float32", x, x, "float32", K, N, M, rows, 64, 1e-5)
+        args = (x, x, x, "float32", x, x, "float32", K, N, M, rows, P, 1e-5)
         name = f"linear M={M} K={K}" + f" N={N}" * (N >= 8192) + f" {x} {kind}".rstrip()
         yield name, file._skinny_linear_kernel, args, dict(config, **told), per, 1
 
@@ -301,7 +302,7 @@ def compile_case(target, index, counted):
     usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump(cubin, "--dump-resource-usage")))
     row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=ptx.count(MMA[target]))
     row |= dict(tf32=ptx.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", ptx))
-    row |= dict(tiles=re.findall(r"swizzled_shared<.*maxPhase = (\d+)", binary.asm["ttgir"]))
+    row |= dict(tiles=re.findall(r"swizzled_shared<.*maxPhase = (\d+), order = \[(.*)\]", binary.asm["ttgir"]))
     if counted is None or name in counted:
         row |= count(target, name, cubin, per_thread, trips)
     return row
@@ -375,8 +376,8 @@ def triton_version():
 def check(target, rows):
     """AssertionError, with their rows, where kernels are not as they should be on this target."""
     # Bytes of stack. Tiles were chosen with 3.7; 3.6 spills in three launches of attention, 3.8 in six of it and in two
-    # of RMSNorm
-    most = {(3, 6): 8, (3, 8): 96}.get(triton_version(), 0)
+    # of RMSNorm, 3.9 in 18 of it, one of RMSNorm and one of the search
+    most = {(3, 6): 8, (3, 8): 96, (3, 9): 88}.get(triton_version(), 0)
     bad = [row for row in rows if row["stack"] > most]
     assert not bad, f"spills:\n{show(bad)}"
     bad = [row for row in rows if row["shared"] > SHARED_LIMIT[target]]
@@ -394,8 +395,9 @@ def check(target, rows):
     least = 8 if target == "gfx942" else 16  # of x and of the weight in four stages, with 256 or 128 threads
     bad = [row for row in few if len(row["copies"]) < least or "cp.async.ca" in row["copies"]]
     assert few and not bad, f"narrow copies of weights or rows:\n{show(bad)}"
-    bad = [row for row in few if target != "gfx942" and "float32" not in row["kernel"] and "1" in row["tiles"]]
-    assert not bad, f"rows that share banks of shared memory:\n{show(bad)}"
+    tiles = [row for row in few if target != "gfx942" and "float32" not in row["kernel"]]
+    bad = [row for row in tiles if not row["tiles"] or any(n == "1" or order[-1] != "0" for n, order in row["tiles"])]
+    assert not bad, f"rows that share banks of shared memory (not swizzled, or by part):\n{show(bad)}"
 
 
 if __name__ == "__main__":
