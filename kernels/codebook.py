@@ -171,6 +171,7 @@ def _nearest_code_kernel(
     crowded = tl.max(tl.max((m3 >= floor[:, None]).to(tl.int32), axis=1), axis=0) > 0
     near = (m1 >= floor[:, None]).to(tl.int32) + (m2 >= floor[:, None]).to(tl.int32)
     rounds = tl.where(crowded, K_PADDED // BLOCK_K * SLOTS, tl.max(tl.sum(near, axis=1), axis=0))
+    floor = tl.where(crowded, float("-inf"), floor)
     best = tl.full((BLOCK_M, RESCAN_G), float("-inf"), tl.float64)
     index = tl.zeros((BLOCK_M, RESCAN_G), tl.int32)
     slots = tl.arange(0, SLOTS)[None, :]
@@ -180,7 +181,7 @@ def _nearest_code_kernel(
         first = tl.sum(tl.where(taken, k1 + slots * PAIR, 0), axis=1)
         first = tl.where(crowded, i // SLOTS * BLOCK_K + i % SLOTS * PAIR, first)
         best, index = _rescan(
-            z_ptr, code_ptr, K, offs_m, live & ((top >= floor) | crowded), first, best, index, D, L2,
+            z_ptr, code_ptr, K, offs_m, live & (top >= floor), first, best, index, D, L2,
             BLOCK_K // SLOTS, SLOTS * PAIR, PAIR, RESCAN_G, RESCAN_D,
         )
         m1, k1, m2 = tl.where(taken, m2, m1), tl.where(taken, k2, k1), tl.where(taken, float("-inf"), m2)
