@@ -131,7 +131,8 @@ def parallel(model, device):
     devices = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # 2.13 has another name for broadcast_buffers, 2.11 has not
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=devices, **how)
 
 
 def sharded(model):
