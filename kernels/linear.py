@@ -37,6 +37,7 @@ from kernels.rms_norm import rms_norm, rms_norm_ref
 from kernels.swiglu import swiglu, swiglu_ref
 
 MAX_ROWS = 32
+PARTS = tl.constexpr(4)  # of the depth of a block, one for each warp
 
 
 def skinny_linear_ref(x, weight, norm_weight, eps, residual, gated):
@@ -59,7 +60,7 @@ def _one_by_one(x, weight, norm_weight, eps, residual, gated, packed=None):
 def _skinny_linear_kernel(
     x_ptr, weight_ptr, norm_ptr, length_ptr, residual_ptr, y_ptr, y_length_ptr, stride_xm, stride_rm, M, N, P, eps,
     K: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):
     """The product with BLOCK_N of the weight's N rows; with GATED rows of its two halves take turns."""
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,7 +83,10 @@ def _skinny_linear_kernel(
             norm_ptr += BLOCK_K  # a block ahead, too, else it might be waited for
             norm = tl.load(norm_ptr + offs_k, mask=offs_k < K - k - BLOCK_K, other=0.0)
         acc = tl.dot(tl.trans(x, 0, 2, 1), tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
-    y = tl.sum(acc, 0)
+    acc = tl.reshape(tl.trans(acc, 1, 2, 0), (BLOCK_M, BLOCK_N, 2, 2))  # a thread gets what it adds; tl.sum would add
+    first, second = tl.split(acc)  # across warps, by way of shared memory and with bank conflicts
+    first, second = tl.split(first + second)
+    y = first + second
     if NORM:
         rstd = tl.rsqrt(tl.sum(length * length, 0) / K + tl.cast(eps, tl.float32))  # not earlier: copies would wait
         y *= rstd[:, None]
@@ -108,7 +112,7 @@ def launch_config(M, N, gated, dtype):
     block_m = 16 if M <= 16 else 32
     block_n = 32 if N >= 8192 or gated else 16
     block_k = 64 if dtype == torch.float32 else 128 if block_m + block_n > 32 else 256
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=4, STAGES=4, num_warps=4)
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=4, num_warps=4)
 
 
 @torch.library.custom_op("nanollamagen::skinny_linear", mutates_args=())
