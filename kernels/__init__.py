@@ -90,6 +90,15 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def add_warps(x):
+    """x [4, M, N], a slice of it in each of four warps -> its sum [M, N]. A thread gets all that it adds: tl.sum would
+    exchange it through shared memory, too, but with bank conflicts."""
+    a, b = tl.split(tl.reshape(tl.trans(x, 1, 2, 0), (x.shape[1], x.shape[2], 2, 2)))
+    a, b = tl.split(a + b)
+    return a + b
+
+
+@triton.jit
 def _probe_kernel(n):
     tl.device_assert(n == n)
 

@@ -17,7 +17,7 @@ takes in a row's pad, whose values are dropped.
 
 import torch
 
-from kernels import on_device, tl, triton, use_triton
+from kernels import add_warps, on_device, tl, triton, use_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -119,7 +119,10 @@ def _decode_attention_kernel(
         acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
     highest = tl.max(top)
     share = tl.exp2(top - highest)
-    total, acc = tl.sum(total * share), tl.sum(acc * share[:, None], 0)
+    total = tl.sum(total * share)
+    LANES: tl.constexpr = min(256 // BLOCK_D, BLOCK_N // 4)  # rows side by side in a warp: a thread has 8 channels
+    acc = tl.reshape(acc * share[:, None], (BLOCK_N // (4 * LANES), 4, LANES, BLOCK_D))
+    acc = add_warps(tl.sum(tl.sum(acc, 0), 1, keep_dims=True)).reshape(BLOCK_D)
     if SPLITS == 1:
         tl.store(y_ptr + row.to(tl.int64) * D + offs_d, (acc / total).to(y_ptr.dtype.element_ty), mask=offs_d < D)
     else:

@@ -32,7 +32,7 @@ import platform
 import torch
 import torch.nn.functional as F
 
-from kernels import on_device, tl, triton, use_triton
+from kernels import add_warps, on_device, tl, triton, use_triton
 from kernels.rms_norm import rms_norm, rms_norm_ref
 from kernels.swiglu import swiglu, swiglu_ref
 
@@ -83,10 +83,7 @@ def _skinny_linear_kernel(
             norm_ptr += BLOCK_K  # a block ahead, too, else it might be waited for
             norm = tl.load(norm_ptr + offs_k, mask=offs_k < K - k - BLOCK_K, other=0.0)
         acc = tl.dot(tl.trans(x, 0, 2, 1), tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
-    acc = tl.reshape(tl.trans(acc, 1, 2, 0), (BLOCK_M, BLOCK_N, 2, 2))  # a thread gets what it adds; tl.sum would add
-    first, second = tl.split(acc)  # across warps, by way of shared memory and with bank conflicts
-    first, second = tl.split(first + second)
-    y = first + second
+    y = add_warps(acc)
     if NORM:
         rstd = tl.rsqrt(tl.sum(length * length, 0) / K + tl.cast(eps, tl.float32))  # not earlier: copies would wait
         y *= rstd[:, None]
