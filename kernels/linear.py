@@ -10,8 +10,8 @@ a kernel takes to start, to wait for its first bytes and to end. So norm, SwiGLU
 their own. W (g x) / rms(x) = W norm(x) for the norm's weight g: the sum is divided at the end, and g x is rounded once,
 where the norm alone rounds twice. rms(x) is known before: a program that adds a residual stores the length (2-norm) of
 its part of every row, and the norm adds the squares of all parts. A program has BLOCK_N rows of the weight, whole: no
-sum depends on the order of programs. Weights come by asynchronous copies, three blocks ahead: 64 programs (of N =
-1,024) have 1.5 MB on their way, about what memory's latency asks for. More than MAX_ROWS rows are left to cuBLAS.
+sum depends on the order of programs. Weights come by asynchronous copies, two or three blocks ahead: 64 programs (of
+N = 1,024) have 1.5 MB on their way, about what memory's latency asks for. More than MAX_ROWS rows are left to cuBLAS.
 
 The four warps divide each block's depth, as a batched product, and add up at the end: dividing the tile of y, each
 would read all of x, and wait for each tensor-core product before the next. For shared memory without bank conflicts
@@ -105,11 +105,13 @@ def _skinny_linear_kernel(
 
 
 def launch_config(M, N, gated, dtype):
-    """Constants for M rows of x and N of the weight: 8 KiB of it a block, or 4."""
+    """Constants for M rows of x and N of the weight: two or three blocks of it ahead, 24 or 32 KiB."""
     block_m = 16 if M <= 16 else 32
     block_n = 32 if N >= 8192 or gated else 16
-    block_k = 64 if dtype == torch.float32 else 128 if block_m + block_n > 32 else 256
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=4, num_warps=4)
+    block_k = 64 if dtype == torch.float32 else 128 if block_m + block_n == 64 else 256
+    return dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3 if block_m + block_n == 48 else 4, num_warps=4
+    )
 
 
 @torch.library.custom_op("nanollamagen::skinny_linear", mutates_args=())

@@ -114,8 +114,8 @@ def _invert(mass, u, ROWS: tl.constexpr, COLS: tl.constexpr):
     goal = tl.minimum(tl.maximum(goal, 0), total - 1)
     row = tl.sum((tl.cumsum(rows, 0) <= goal).to(tl.int32))
     goal -= tl.sum(tl.where(offs_r < row, rows, 0))
-    inside = tl.sum(tl.where(offs_r[:, None] == row, mass, 0), axis=0)
-    return row * COLS + tl.sum((tl.cumsum(inside, 0) <= goal).to(tl.int32))
+    inside = (offs_r[:, None] == row) & (tl.cumsum(mass, 1) <= goal)
+    return row * COLS + tl.sum(inside.to(tl.int32))
 
 
 @triton.jit
