@@ -2,7 +2,8 @@
 
 Shared memory has 32 banks of 4 bytes. A warp's access is served in phases of at most 128 bytes, and a phase takes as
 many cycles as one bank has words to give (ldmatrix and stmatrix: a phase for each matrix, of eight rows of 16 bytes).
-What is loaded is taken for 0, and so are floats: neither decides where a kernel of ours reads.
+Integers that are loaded (a position, a seed) are taken for LOADED, floats for 0: few decide where a kernel reads.
+What tensor cores read from shared memory by themselves (wgmma, tcgen05) is not counted.
 """
 
 import collections
@@ -10,6 +11,7 @@ import re
 
 import numpy as np
 
+LOADED = 320  # a position some blocks into a cache
 BINARY = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift, "min": np.minimum, "max": np.maximum,
@@ -48,7 +50,7 @@ def phases(opcode, text):
     return width, [range(i, i + lanes) for i in range(0, 32, lanes)]
 
 
-def cycles(ptx, threads, arguments, limit=4000):
+def cycles(ptx, threads, arguments, limit=16000):
     """(cycles of shared memory, the least that they could be) of the first `limit` statements that a program of so many
     threads executes. arguments: the integers that the kernel gets; pointers are any."""
     code, labels = statements(ptx)
@@ -84,6 +86,8 @@ def cycles(ptx, threads, arguments, limit=4000):
                     served = {int(address[i]) // 4 + w for i in lanes for w in range(max(width // 4, 1))}
                     took += max(collections.Counter(word % 32 for word in served).values(), default=0)
                     least += bool(lanes)
+        elif opcode.startswith("ld.global") and re.fullmatch(r"\{ ?%\w+ ?\}", words[0]):
+            values[words[0].strip("{} ")] = np.full(threads, LOADED)
         elif words[0].startswith(("{", "[")) or not words[0]:
             pass  # vectors of loaded or computed floats, stores, barriers
         else:
@@ -103,8 +107,12 @@ def cycles(ptx, threads, arguments, limit=4000):
                 new = given[0]
             elif kind == "not":
                 new = (given[0] == 0).astype(np.int64) if "pred" in opcode else ~given[0]
+            elif kind == "neg" and number:
+                new = -given[0]
             elif kind == "bfe":
                 new = given[0] >> given[1] & (1 << given[2]) - 1
+                if number[1] == "s":  # its highest bit is the sign
+                    new = new - (new >> given[2] - 1 << given[2])
             if number and number[2] == "32" and "wide" not in opcode:
                 new = (new + 2**31) % 2**32 - 2**31
             values[words[0]] = np.where(active, new, values[words[0]])

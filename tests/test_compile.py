@@ -303,7 +303,8 @@ def compile_case(target, index, counted):
     usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump(cubin, "--dump-resource-usage")))
     row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=ptx.count(MMA[target]))
     row |= dict(tf32=ptx.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", ptx))
-    given = [1 << 20 if isinstance(arg, str) else int(arg) for arg in args if arg != 1]  # 1 is a constant to Triton
+    runtime = [arg for arg in args if arg != 1 or isinstance(arg, float)]  # the integer 1 is a constant to Triton
+    given = [1 << 20 if isinstance(arg, str) else int(arg) for arg in runtime]
     took, least = shared_memory.cycles(ptx, 32 * constants["num_warps"], given)
     row |= dict(conflicts=took / max(least, 1))
     if counted is None or name in counted:
