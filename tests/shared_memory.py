@@ -25,13 +25,13 @@ COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equa
 def statements(ptx):
     """The kernel's statements, and at which of them its labels stand."""
     body = re.sub(r"//[^\n]*|^\s*\.loc[^\n]*$|^\s*\.pragma[^\n]*$", "", ptx[ptx.index("\n{") + 2 :], flags=re.M)
-    code, labels = [], {}
+    code, labels = [], collections.defaultdict(list)  # those of inline assembly stand in several places
     for part in body.split(";"):
         words = part.replace("\n", " ").strip()
-        while found := re.match(r"\s*(?:(\$\w+):|[{}])\s*", words):
+        while found := re.match(r"\s*(?:(\$?\w+):|[{}])\s*", words):
             words = words[found.end() :]
             if found[1]:
-                labels[found[1]] = len(code)
+                labels[found[1]].append(len(code))
         if words and not words.startswith("."):
             code.append(re.sub(r"\s+", " ", words))
     return code, labels
@@ -75,7 +75,8 @@ def cycles(ptx, threads, arguments, limit=16000):
         words = [word.strip() for word in re.split(r",(?![^{\[]*[}\]])", rest)]
         if kind == "bra":
             assert active.all() or not active.any(), f"threads part at: {text}"
-            at = labels[words[0]] if active.all() else at
+            places = labels[words[0]]
+            at = min((place for place in places if place >= at), default=places[0]) if active.all() else at
         elif ".shared" in opcode and "[" in text:
             register, offset = re.search(r"\[ ?(%?\w+)(?: ?\+ ?(-?\d+))? ?\]", text).groups()
             address = values[register] + int(offset or 0)
