@@ -433,7 +433,7 @@ def check(target, rows):
     bad = [row for row in cached if not row["copies"] or "cp.async.ca" in row["copies"]]  # .cg: 16 bytes and no less
     assert cached and not bad, f"narrow copies of keys or values:\n{show(bad)}"
     few = [row for row in rows if row["kernel"].startswith("linear") and "K=97" not in row["kernel"]]
-    least = 8 if target == "gfx942" else 16  # of x and of the weight in four stages, with 256 or 128 threads
+    least = 8 if target == "gfx942" else 16  # of x and of the weight in three or four stages, with 256 or 128 threads
     bad = [row for row in few if len(row["copies"]) < least or "cp.async.ca" in row["copies"]]
     assert few and not bad, f"narrow copies of weights or rows:\n{show(bad)}"
     # In full float32 tiles are not swizzled; a width of 1 and the search's layout of tensor memory are left as they are

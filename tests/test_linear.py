@@ -143,7 +143,8 @@ def test_what_the_kernel_does_not_serve(monkeypatch):
 def test_what_it_refuses(mode):
     kernels.use(mode)
     x, weight, more = make(2, 24, 10, "plain", torch.float32, norm=True, gated=True, add=True)
-    refused = functools.partial(pytest.raises, ValueError, match="skinny_linear: x, weight, norm_weight, lengths,")
+    says = "skinny_linear: x, weight, norm_weight, lengths, residual are"
+    refused = functools.partial(pytest.raises, ValueError, match=says)
     wrong_lengths = [dict(lengths=t) for t in (x[:, 0], x.T[:, :1], x.T[:0], x.T.double())]
     wrong_lengths.append(dict(lengths=x.T, norm_weight=None))
     for changes in (dict(residual=x), dict(norm_weight=x[0, :5]), dict(gated=False), *wrong_lengths):
