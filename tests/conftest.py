@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run under the interpreter, which must be asked for before triton is imported.
+"""Without a GPU the Triton kernels run under the interpreter, which must be asked for before triton is imported, or,
+with NANOLLAMAGEN_PTX=sm_90, as they are compiled (ptx.py).
 
 One thread: the small tensors of the tests gain little from a second, and wait for it where cores are busy.
 """
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+if "NANOLLAMAGEN_PTX" in os.environ:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
@@ -25,6 +28,16 @@ def triton_is_old():
 
 
 def pytest_configure():
+    if target := os.environ.get("NANOLLAMAGEN_PTX"):
+        import ptx
+
+        import kernels
+
+        if target not in ("sm_80", "sm_90"):
+            raise pytest.UsageError(f"NANOLLAMAGEN_PTX is {target}, and can be sm_80 or sm_90")
+        ptx.install(target)
+        kernels.INTERPRETED = True
+        return
     new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         if new and triton_is_old():

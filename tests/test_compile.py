@@ -18,13 +18,11 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
+import ptx
 import pytest
-import shared_memory
+from ptx import TARGETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = {
-    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
-}
 SHARED_LIMIT = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}  # 99 KiB: RTX cards too
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SASS_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -48,24 +46,6 @@ HEAVY = (  # names: every kernel, in the configurations that leave little room
     r"draw V=16384 bfloat16 guided top-k top-p", r"draw greedy", r"loss V=50257 bfloat16 \+ gradient",
     r"linear M=(16|32) K=1024 bfloat16 norm gated",
 )
-
-
-class FakeDriver:
-    """Answers what a launch asks of the driver, so that `warmup` specialises and compiles as on the real GPU."""
-
-    def __init__(self, target):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget(*target)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return list(TARGETS.values()).index((self.target.backend, self.target.arch, self.target.warp_size))
-
-    def get_current_stream(self, device=None):
-        return 0
 
 
 def cases(target):
@@ -287,7 +267,7 @@ def compile_case(target, index, counted):
     import triton
 
     name, kernel, args, constants, per_thread, trips = list(cases(target))[index]
-    triton.runtime.driver.set_active(FakeDriver(TARGETS[target]))
+    triton.runtime.driver.set_active(ptx.FakeDriver(target))
     values = [torch.empty(64, dtype=getattr(torch, arg)) if isinstance(arg, str) else arg for arg in args]
     binary = kernel.warmup(*values, grid=(1,), **constants)
     row = dict(target=target, kernel=name, warps=constants["num_warps"], shared=binary.metadata.shared)
@@ -299,13 +279,13 @@ def compile_case(target, index, counted):
         row["registers"], stack, moved = (int(re.search(rf"\.{key}:\s*(\d+)", asm)[1]) for key in keys)
         copies = re.findall("buffer_load_dwordx4", asm)
         return row | dict(stack=max(stack, moved), mma=asm.count(MMA[target]), copies=copies)
-    cubin, ptx = binary.asm["cubin"], binary.asm["ptx"]
+    cubin, code = binary.asm["cubin"], binary.asm["ptx"]
     usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump(cubin, "--dump-resource-usage")))
-    row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=ptx.count(MMA[target]))
-    row |= dict(tf32=ptx.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", ptx))
-    runtime = [arg for arg in args if arg != 1 or isinstance(arg, float)]  # the integer 1 is a constant to Triton
-    given = [1 << 20 if isinstance(arg, str) else int(arg) for arg in runtime]
-    took, least = shared_memory.cycles(ptx, 32 * constants["num_warps"], given)
+    row |= dict(registers=int(usage["REG"]), stack=int(usage["STACK"]), mma=code.count(MMA[target]))
+    row |= dict(tf32=code.count("tf32"), copies=re.findall(r"cp\.async\.c[ag]", code))
+    given = [1 << 20 if isinstance(arg, str) else arg for parameter, arg in zip(kernel.arg_names, args, strict=False)
+             if binary.src.signature[parameter] != "constexpr"]  # which a 1 is, too
+    took, least = ptx.conflicts(code, 32 * constants["num_warps"], binary.metadata.shared, given)
     row |= dict(conflicts=took / max(least, 1))
     if counted is None or name in counted:
         row |= count(target, name, cubin, per_thread, trips)
@@ -370,42 +350,6 @@ def test_compile(target):
     for pattern, column, value, tolerance in taken:
         found = [row[column] for row in rows if re.fullmatch(pattern, row["kernel"])]
         assert max(found) == pytest.approx(value, abs=tolerance), f"{pattern}: {column} {value}, now {found}"
-
-
-PTX = """
-.visible .entry kernel(
-	.param .u32 kernel_param_0
-)
-{
-	.reg .b32 	%r<9>;
-	mov.u32 	%r1, %tid.x; // the thread
-	ld.param.b32 	%r2, [kernel_param_0];
-	mul.lo.s32 	%r3, %r1, %r2;
-	mov.b32 	%r4, 0;
-	setp.lt.u32 	%p1, %r1, 8;
-$L__BB0_1:
-	add.s32 	%r3, %r3, 1024;
-	ACCESS;
-	add.s32 	%r4, %r4, 1;
-	setp.lt.s32 	%p2, %r4, 3;
-	@%p2 bra 	$L__BB0_1;
-	ret;
-}
-"""
-
-
-@pytest.mark.parametrize("access, stride, expected", [
-    ("ld.shared.b32 %r5, [ %r3 + 0 ]", 4, (3, 3)), ("st.shared.b32 [ %r3 + 64 ], %r5", 8, (6, 3)),
-    ("st.shared.b32 [global_smem], %r5", 8, (3, 3)),  # one word for all
-    ("@%p1 ld.shared.b32 %r5, [ %r3 + 0 ]", 128, (24, 3)), ("@!%p1 ld.shared.b32 %r5, [ %r3 + 0 ]", 128, (72, 3)),
-    ("ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [ %r3 + 0 ]", 16, (12, 12)),
-    ("cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10, %r5", 32, (24, 12)),
-    ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6, %r7, %r8}, [%r3+512]", 256, (96, 12)),
-    ("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r5, %r6}, [%r3]", 144, (6, 6)),
-])
-def test_bank_conflicts(access, stride, expected):
-    """Of 32 threads, `stride` bytes apart, in three rounds of a loop."""
-    assert shared_memory.cycles(PTX.replace("ACCESS", access), 32, [stride]) == expected
 
 
 def triton_version():

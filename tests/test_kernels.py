@@ -18,6 +18,7 @@ codebook_file, rms_norm_file, swiglu_file = (
     importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu")
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED = DEVICE == "cuda" or "NANOLLAMAGEN_PTX" in os.environ  # then products and sums are fused
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
@@ -94,8 +95,10 @@ def test_rms_norm(shape, kind, dtype, residual):
         inputs.append(layout(3 * torch.randn(shape, device=DEVICE).to(stream), kind))
     upstream = [torch.randn(shape, device=DEVICE).to(t) for t in (dtype, stream)[: len(inputs) - 1]]
 
+    eps = 0.5 if shape[-1] == 1 else 1e-5  # x / |x| has no gradient: nothing but rounding would be compared
+
     def call(function):
-        return lambda x, weight, *rest: function(x, weight, 1e-5, *rest)
+        return lambda x, weight, *rest: function(x, weight, eps, *rest)
 
     check(call(kernels.rms_norm), call(rms_norm_file.rms_norm_ref), inputs, upstream)
 

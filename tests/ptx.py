@@ -1,0 +1,632 @@
+"""Runs kernels as Triton compiles them for NVIDIA GPUs: their PTX, an instruction at a time, on a CPU.
+
+Triton's interpreter runs a kernel's Python. It knows nothing of layouts, of copies that are still on their way, or of
+barriers between warps. Here all of these are run, for every thread of several programs at once. A `Fault` is what may
+or may not show on a GPU: an access outside of the tensors that the kernel was given, or off its alignment; a race in
+shared memory; a byte that is read before its copy has landed. Not run: what ptxas makes of the PTX, and tensor memory
+(sm_100). Tensor cores and fused products round once, from float64; ex2, rsqrt and division are off by a unit at most.
+
+    NANOLLAMAGEN_PTX=sm_90 python -m pytest tests/test_linear.py   # the tests of kernels, on what is compiled for sm_90
+
+Source: NVIDIA, PTX ISA 8.7, sections 5 (memory), 9.7 (instructions) and 9.7.14, 9.7.15 (operands of mma and wgmma).
+"""
+
+import collections
+import functools
+import itertools
+import re
+
+import numpy as np
+from ptx_memory import SEVERAL, Anything, Fault, Shared, Tensors
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
+}
+TOGETHER = 4096  # threads that are run at once
+KINDS = {f"{kind}{8 * size}": f"{'i' if kind == 's' else 'u'}{size}" for kind in "bus" for size in (1, 2, 4, 8)}
+KINDS |= {"pred": "?", "f16": "f2", "f32": "f4", "f64": "f8", "bf16": "u2"}
+KINDS |= {"f16x2": "u4", "bf16x2": "u4", "f32x2": "u8"}  # pairs
+
+
+class FakeDriver:
+    """Answers what a launch asks of the driver, so that Triton specialises and compiles as on the real GPU."""
+
+    def __init__(self, target):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(*TARGETS[target])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return [arch for _, arch, _ in TARGETS.values()].index(self.target.arch)
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+# Numbers
+
+
+def size_of(kind):
+    return np.dtype(KINDS[kind]).itemsize
+
+
+def decode(bits, kind):
+    """Bits of registers as numbers; of packed pairs [N, 2], of bfloat16 as float32."""
+    if kind.endswith("x2"):
+        return decode(np.ascontiguousarray(bits).view(f"u{bits.itemsize // 2}").reshape(-1, 2), kind[:-2])
+    return (bits.astype("u4") << 16).view("f4") if kind == "bf16" else bits.view(KINDS[kind])
+
+
+def encode(x, kind):
+    """Numbers to bits of their type, rounded to the nearest, the even one of two; integers wrap."""
+    if kind.endswith("x2"):
+        return np.ascontiguousarray(encode(x, kind[:-2])).view(KINDS[kind]).reshape(-1)
+    if kind == "bf16":
+        bits = np.ascontiguousarray(x, "f4").view("u4")
+        return np.where(np.isnan(x), 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u2")
+    x = np.asarray(x).astype(KINDS[kind])
+    return x if kind == "pred" else x.view(f"u{x.itemsize}")
+
+
+def constant(word, kind):
+    """A number as it stands in a statement."""
+    if word[:2] in ("0f", "0d"):
+        bits = np.array([int(word[2:], 16)], "u4" if word[1] == "f" else "u8")
+        return decode(bits, kind if bits.itemsize == size_of(kind) else "f32")
+    value = int(word.rstrip("U"), 0)
+    size = size_of(kind)
+    return np.array([value != 0]) if kind == "pred" else decode(np.array([value % 256**size], f"u{size}"), kind)
+
+
+def flush(x):
+    """Subnormal numbers as 0 (.ftz)."""
+    return np.where(np.abs(x) < np.finfo("f4").tiny, np.copysign(np.float32(0), x), x)
+
+
+def blur(x):
+    """Off by a unit in the last place or not, the same for equal fractions, as approximations of GPUs are."""
+    bits = np.ascontiguousarray(x).view("u4")
+    fraction = bits & 0x7FFFFF
+    kept = ~np.isfinite(x) | (np.abs(x) < 1e-30) | (fraction == 0)  # 0, powers of two and infinity are exact
+    return np.where(kept, bits, bits + (fraction * np.uint32(0x9E3779B1) >> 28) % 3 - 1).astype("u4").view("f4")
+
+
+def shift(a, b, left):
+    """By as many bits as a has, or more: nothing is left but the sign."""
+    near = np.minimum(b, 8 * a.itemsize - 1).astype(a.dtype)
+    return np.where(b < 8 * a.itemsize, a << near, 0).astype(a.dtype) if left else np.where(
+        (b < 8 * a.itemsize) | (a.dtype.kind == "i"), a >> near, 0).astype(a.dtype)
+
+
+def divide(a, b):
+    if a.dtype.kind == "f":
+        return a / b
+    q = np.abs(a) // np.abs(np.where(b == 0, 1, b))
+    return np.where((a < 0) != (b < 0), -q, q)
+
+
+def multiply(a, b, c=None, high=False, wide=False):
+    """The lower half of the product, the upper one, or all of it; plus c."""
+    product = a * b
+    if high or wide:
+        double = f"{a.dtype.kind}{2 * a.itemsize}"
+        product = a.astype(double) * b.astype(double)
+        product = (product >> 8 * a.itemsize).astype(a.dtype) if high else product
+    return product if c is None else product + c
+
+
+def fuse(a, b, c):
+    """a b + c, rounded once, or nearly so."""
+    exact = {2: "f4", 4: "f8", 8: "g"}[a.itemsize]
+    return (a.astype(exact) * b + c).astype(a.dtype)
+
+
+def extract(a, start, length):
+    """Bits of a; the highest of them is the sign of a signed number."""
+    start, length = start.astype(a.dtype), length.astype(a.dtype)
+    bits = a >> start & (1 << length) - 1
+    return bits - ((bits >> length - 1 & 1) << length) if a.dtype.kind == "i" else bits
+
+
+def permute(a, b, selectors):
+    """Four of the eight bytes of a and b; selectors above 7 ask for copies of a byte's sign."""
+    pool = np.stack(np.broadcast_arrays(a, b), 1).view("u1").reshape(-1, 8)
+    which = np.stack([selectors >> 4 * i & 15 for i in range(4)], 1).repeat(len(pool) // len(selectors), 0)
+    picked = np.take_along_axis(pool, (which & 7).astype("i8"), 1)
+    return np.where(which & 8, np.where(picked & 128, 255, 0), picked).astype("u1").view("u4").reshape(-1)
+
+
+def fold(function):
+    """Of two operands or three."""
+    return lambda *x: functools.reduce(function, x)
+
+
+OPERATIONS = {
+    "add": np.add, "sub": np.subtract, "div": divide, "rem": lambda a, b: np.fmod(a, np.where(b == 0, 1, b)),
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "not": np.invert, "neg": np.negative, "abs": np.abs, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "rcp": lambda x: 1 / x, "fma": fuse, "bfe": extract, "popc": np.bitwise_count,
+    "shl": functools.partial(shift, left=True), "shr": functools.partial(shift, left=False), "prmt": permute,
+    "mul": multiply, "mad": multiply, "min": fold(np.fmin), "max": fold(np.fmax),
+}
+COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+           "ge": np.greater_equal}
+ROUND = {"rzi": np.trunc, "rni": np.rint, "rpi": np.ceil, "rmi": np.floor}
+
+
+def compare(how, a, b):
+    """Of floats "lt" is false where one is NaN, "ltu" true; "num": neither is, "nan": one is."""
+    nan = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.False_
+    if how in ("num", "nan"):
+        return nan == (how == "nan")
+    return COMPARE[how[:2]](a, b) & ~nan | nan & how.endswith("u")
+
+
+def convert(x, kind, rounding):
+    """Numbers as another type; floats to integers as GPUs do it, NaN to 0 and what is too large to the largest."""
+    x = ROUND[rounding](x) if rounding else x
+    if kind[0] not in "us" or x.dtype.kind != "f":
+        return x
+    least, most = np.iinfo(KINDS[kind]).min, np.iinfo(KINDS[kind]).max
+    inside = np.where((x > least) & (x < most), x, 0).astype(KINDS[kind])
+    return np.where(x >= most, most, np.where(x <= least, least, inside))
+
+
+# The program
+
+
+@functools.lru_cache(64)
+def parse(ptx):
+    """The kernel's statements (predicate, opcode, operands), {label: where it stands, maybe several times},
+    {register: type} and {parameter: type}."""
+    head, body = ptx[ptx.index(".entry") :].split("\n{", 1)
+    parameters = {name: kind for kind, name in re.findall(r"\.param \.(\w+)[^,\n]* (\w+)", head)}
+    body = re.sub(r"//[^\n]*|^\s*\.(loc|pragma)[^\n]*$", "", body[: body.rindex("\n}")], flags=re.M)
+    registers, code, labels = {}, [], collections.defaultdict(list)
+    for statement in body.split(";"):
+        words = re.sub(r"\s+", " ", statement).strip()
+        while found := re.match(r"(?:(\$?\w+):|[{}])\s*", words):
+            words = words[found.end() :]
+            if found[1]:
+                labels[found[1]].append(len(code))
+        if declared := re.match(r"\.reg \.(\w+) (.*)", words):
+            for name, count in re.findall(r"([%\w]+)(?:<(\d+)>)?", declared[2]):
+                registers |= {f"{name}{i}": declared[1] for i in range(int(count))} if count else {name: declared[1]}
+        elif words and not words.startswith("."):
+            predicate, opcode, rest = re.match(r"(?:@(!?[%\w]+) )?(\S+) ?(.*)", words).groups()
+            code.append((predicate, opcode, [word.strip() for word in re.split(r",(?![^{\[]*[}\]])", rest)]))
+    return code, labels, registers, parameters
+
+
+def listed(operand):
+    """The registers of { %r1, %r2 }, or of %r1."""
+    return [word.strip() for word in operand.strip("{} ").split(",")]
+
+
+class Machine:
+    """Some programs of a launch: its PTX, threads of a program, bytes of shared memory, the grid, and the arguments."""
+
+    def __init__(self, ptx, threads, shared, programs, grid, arguments, memory, counting=False):
+        self.code, self.labels, registers, parameters = parse(ptx)
+        self.memory, self.counting, n = memory, counting, threads * len(programs)
+        self.registers = {name: np.zeros(n, KINDS[kind.replace("f", "b")]) for name, kind in registers.items()}
+        given = itertools.zip_longest(parameters.items(), arguments, fillvalue=0)  # Triton adds two, which are not read
+        self.parameters = {name: encode(np.array([x]), kind) if kind == "f32" else np.array([x % 2**64], "u8")
+                           for (name, kind), x in given}
+        self.thread = np.arange(n)
+        self.program, self.warp, self.lane = self.thread // threads, self.thread // 32, self.thread % 32
+        self.shared = Shared(shared, len(programs), counting)
+        self.special = {"%tid.x": self.thread % threads, "global_smem": np.zeros(1, "u8")}
+        for axis, place, extent in zip("zyx", np.unravel_index(programs, grid[::-1]), grid[::-1], strict=True):
+            self.special |= {f"%ctaid.{axis}": place[self.program], f"%nctaid.{axis}": np.array([extent])}
+        self.steps = [self.bind(*statement) for statement in self.code]
+
+    def read(self, operand, kind):
+        """Numbers [threads], or [1] where they are the same for all."""
+        if operand in self.registers:
+            bits = self.registers[operand]
+            return decode(bits if bits.itemsize == size_of(kind) else bits.astype(f"u{size_of(kind)}"), kind)
+        return self.special[operand].astype(KINDS[kind]) if operand in self.special else constant(operand, kind)
+
+    def read_all(self, operand, kind):
+        return np.broadcast_to(self.read(operand, kind), len(self.thread))
+
+    def write(self, operand, kind, x, mask):
+        if operand == "_":
+            return
+        register, bits = self.registers[operand], encode(x, kind)
+        if kind[0] == "s" and bits.itemsize < register.itemsize:
+            bits = bits.view(KINDS[kind]).astype(f"i{register.itemsize}").view(register.dtype)
+        np.copyto(register, bits.astype(register.dtype), where=True if mask is None else mask)
+
+    def address(self, operand):
+        """A function that gives the addresses of [ %rd1 + 16 ]."""
+        name, offset = re.fullmatch(r"\[ ?([%$\w]+)(?: ?\+ ?(-?\d+))? ?\]", operand).groups()
+        base = self.registers.get(name, self.special.get(name))
+        offset = np.array(int(offset or 0) % 256**base.itemsize, base.dtype)
+        return lambda: np.broadcast_to(base + offset, len(self.thread))
+
+    def lanes(self, mask):
+        return self.thread if mask is None else np.flatnonzero(mask)
+
+    def access(self, address, width, lanes):
+        """The access of some threads to shared memory: places, warps and programs [n, 1]."""
+        return (self.shared.places(address, width, self.program[lanes]), self.warp[lanes, None].astype("i4"),
+                self.program[lanes, None])
+
+    # Statements. Each method returns a function of the mask of threads (None: all of them), or None: it is not known.
+
+    def bind(self, predicate, opcode, operands):
+        name, *parts = opcode.split(".")
+        operation = name in OPERATIONS
+        make = functools.partial(self.operate, name) if operation else getattr(self, f"do_{name}", None)
+        run = make(parts, operands) if make else None
+        if run is None and self.counting:  # tensor memory: as if there were nothing to wait for
+            ready = [word for word in operands[:1] if self.registers.get(word, np.zeros(0)).dtype == bool]
+            run = (lambda mask: self.write(ready[0], "pred", True, mask)) if ready else lambda mask: None
+        if run is None:
+            raise NotImplementedError(f"{opcode} {', '.join(operands)}")
+        if predicate is None:
+            return run
+
+        def guarded(mask):
+            active = self.holds(predicate) if mask is None else self.holds(predicate) & mask
+            if active.any():
+                run(None if active.all() else active)
+
+        return guarded
+
+    def holds(self, predicate):
+        value = self.registers[predicate.lstrip("!")]
+        return ~value if predicate[0] == "!" else value.copy()
+
+    def operate(self, name, parts, operands):
+        kind, (target, *sources) = next((part for part in parts[::-1] if part in KINDS), "pred"), operands
+        wide = kind[0] + str(2 * int(kind[1:])) if "wide" in parts else kind
+        function, kinds = OPERATIONS[name], [kind] * len(sources)
+        if name in ("shl", "shr", "bfe"):
+            kinds[1:] = ["u32"] * (len(sources) - 1)
+        if name in ("mul", "mad"):
+            kinds[2:] = [wide] * (len(sources) - 2)
+            function = functools.partial(multiply, high="hi" in parts, wide="wide" in parts)
+        if "NaN" in parts:
+            function = fold({"min": np.minimum, "max": np.maximum}[name])
+
+        def run(mask):
+            x = [self.read(source, of) for source, of in zip(sources, kinds, strict=True)]
+            y = function(*map(flush, x)) if "ftz" in parts else function(*x)
+            y = blur(y) if {"approx", "full"} & {*parts} else y
+            self.write(target, wide, flush(y) if "ftz" in parts else y, mask)
+
+        return run
+
+    def do_mov(self, parts, operands):
+        (target, source), kind = operands, parts[-1]
+        names = listed(source if source[0] == "{" else target)
+        part = f"b{8 * size_of(kind) // len(names)}" if len(names) > 1 else kind
+
+        def run(mask):
+            if target[0] == "{":  # in pieces
+                pieces = np.ascontiguousarray(self.read_all(source, kind)).view(KINDS[part]).reshape(-1, len(names))
+                for i, name in enumerate(names):
+                    self.write(name, part, pieces[:, i], mask)
+            elif source[0] == "{":  # out of pieces
+                pieces = np.stack([self.read_all(name, part) for name in names], 1)
+                self.write(target, kind, pieces.view(KINDS[kind]).reshape(-1), mask)
+            else:
+                self.write(target, kind, self.read(source, kind), mask)
+
+        return run
+
+    def do_cvt(self, parts, operands):
+        (target, *sources), (to, kind) = operands, [part for part in parts if part in KINDS]
+        rounding = next((part for part in parts if part in ROUND), None)
+
+        def run(mask):
+            x = [self.read(source, kind) for source in sources]
+            x = np.stack(np.broadcast_arrays(*x[::-1]), 1) if to.endswith("x2") else x[0]  # the last is the lower half
+            self.write(target, to, convert(x, to, rounding), mask)
+
+        return run
+
+    def do_setp(self, parts, operands):
+        (target, a, b), how, kind = operands, parts[0], parts[-1]
+        return lambda mask: self.write(target, "pred", compare(how, self.read(a, kind), self.read(b, kind)), mask)
+
+    def do_selp(self, parts, operands):
+        target, a, b, condition = operands
+        kind = parts[-1].replace("f", "b")  # as bits: constants are written as such
+        return lambda mask: self.write(
+            target, kind, np.where(self.read(condition, "pred"), self.read(a, kind), self.read(b, kind)), mask)
+
+    def do_ld(self, parts, operands):
+        (target, source), kind = operands, parts[-1]
+        if parts[0] == "param":
+            value = self.parameters[source.strip("[] ")]
+            return lambda mask: self.write(target, kind, value.astype(f"u{size_of(kind)}").view(KINDS[kind]), mask)
+        names, where = listed(target), self.address(source)
+        width = size_of(kind) * len(names)
+
+        def run(mask):
+            lanes = self.lanes(mask)
+            address = where()[lanes]
+            if parts[0] == "shared":
+                self.shared.count(address, width, lanes, len(self.thread))
+                access = self.access(address, width, lanes)
+                self.shared.look(*access)
+                data = self.shared.bytes[access[0]]
+            else:
+                data = self.memory.read(address, width)
+            pieces = np.zeros((len(self.thread), len(names)), KINDS[kind])
+            pieces[lanes] = np.ascontiguousarray(data).view(KINDS[kind])
+            for i, name in enumerate(names):
+                self.write(name, kind, pieces[:, i], mask)
+
+        return run
+
+    def do_st(self, parts, operands):
+        names, where, kind = listed(operands[1]), self.address(operands[0]), parts[-1].replace("f", "b")
+
+        def run(mask):
+            lanes = self.lanes(mask)
+            address, data = where()[lanes], np.stack([self.read_all(name, kind)[lanes] for name in names], 1).view("u1")
+            if parts[0] == "shared":
+                self.shared.count(address, data.shape[1], lanes, len(self.thread))
+                places, *who = self.access(address, data.shape[1], lanes)
+                self.shared.store(places, data, *who)
+            else:
+                self.memory.write(address, data)
+
+        return run
+
+    def do_cp(self, parts, operands):
+        """Asynchronous copies of `width` bytes, or, where there is nothing to copy, of so many zeros."""
+        if "commit_group" in parts:
+            return lambda mask: self.shared.copies.append([])
+        if "wait_group" in parts:
+            return lambda mask: self.shared.land(int(operands[0]))
+        target, source, width, *some = operands
+        target, source, width = self.address(target), self.address(source), int(width, 0)
+
+        def run(mask):
+            lanes = self.lanes(mask)
+            there = (self.read_all(some[0], "u32") > 0)[lanes] if some else np.ones(len(lanes), bool)
+            data = np.zeros((len(lanes), width), "u1")
+            data[there] = self.memory.read(source()[lanes][there], width)
+            self.shared.count(target()[lanes], width, lanes, len(self.thread))
+            places, *who = self.access(target()[lanes], width, lanes)
+            self.shared.copy(places, data, *who)
+
+        return run
+
+    def do_shfl(self, parts, operands):
+        target, source, by, bounds, _ = operands
+
+        def run(mask):
+            b, c = self.read(by, "u32").astype("i8"), self.read(bounds, "u32").astype("i8")
+            segment, clamp = c >> 8 & 31, c & 31
+            most = self.lane & segment | clamp & ~segment
+            there = dict(up=self.lane - b, down=self.lane + b, bfly=self.lane ^ b,
+                         idx=self.lane & segment | b & ~segment)[parts[1]]
+            there = np.where(there >= most if parts[1] == "up" else there <= most, there, self.lane)
+            self.write(target, "b32", self.read_all(source, "b32")[self.warp * 32 + there], mask)
+
+        return run
+
+    def do_redux(self, parts, operands):
+        reduce, kind, (target, source, _) = dict(add=np.sum, min=np.min, max=np.max)[parts[1]], parts[-1], operands
+
+        def run(mask):
+            x = reduce(self.read_all(source, kind).reshape(-1, 32), axis=1)  # all of a warp: others are not to be met
+            assert mask is None or (mask.reshape(-1, 32).all(1) == mask.reshape(-1, 32).any(1)).all()
+            self.write(target, kind, x.repeat(32), mask)
+
+        return run
+
+    def do_bra(self, parts, operands):
+        return lambda mask: None  # `run` jumps, waits and ends
+
+    do_bar = do_fence = do_ret = do_trap = do_bra
+
+    def tiles(self, parts):
+        """How many 8 x 8 matrices of 16 bits ldmatrix and stmatrix move, and whether transposed."""
+        return next(int(part[1]) for part in parts if re.fullmatch(r"x\d", part)), "trans" in parts
+
+    def do_ldmatrix(self, parts, operands):
+        (n, transposed), names, where = self.tiles(parts), listed(operands[0]), self.address(operands[1])
+
+        def run(mask):
+            lanes = self.lanes(mask)
+            lanes = lanes[lanes % 32 < 8 * n]  # whose addresses are those of rows
+            address = where()[lanes]
+            self.shared.count(address, 16, lanes, len(self.thread), n)
+            access = self.access(address, 16, lanes)
+            self.shared.look(*access)
+            tiles = self.shared.bytes[access[0]].view("u2").reshape(-1, n, 8, 8)
+            pairs = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles).view("u4").reshape(-1, n, 32)
+            whole = np.zeros((len(self.thread) // 32, n, 32), "u4")
+            whole[np.unique(lanes // 32)] = pairs
+            for i, name in enumerate(names):
+                self.write(name, "b32", whole[:, i].reshape(-1), mask)
+
+        return run
+
+    def do_stmatrix(self, parts, operands):
+        (n, transposed), names, where = self.tiles(parts), listed(operands[1]), self.address(operands[0])
+
+        def run(mask):
+            lanes = self.lanes(mask)
+            tiles = np.stack([self.registers[name][lanes].reshape(-1, 32) for name in names], 1).view("u2")
+            tiles = tiles.reshape(-1, n, 8, 8)
+            tiles = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles)
+            lanes = lanes[lanes % 32 < 8 * n]
+            address = where()[lanes]
+            self.shared.count(address, 16, lanes, len(self.thread), n)
+            places, *who = self.access(address, 16, lanes)
+            self.shared.store(places, tiles.view("u1").reshape(-1, 16), *who)
+
+        return run
+
+    # Tensor cores. A thread g * 4 + t of a warp has, in every register, columns 2 t and 2 t + 1 of row g.
+
+    def fragment(self, names, kind):
+        """Operands of 16 bits in registers, float64 [warps, g, t, registers, 2]."""
+        bits = np.stack([self.registers[name] for name in names], 1)
+        return decode(bits.view("u2"), kind).reshape(-1, 8, 4, len(names), 2).astype("f8")
+
+    def left(self, names, kind):
+        """The left operand [warps, 16, 16]: registers are rows g and g + 8, then the same of columns from 8 on."""
+        return self.fragment(names, kind).reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
+
+    def accumulate(self, names, before, product, mask):
+        """product [warps, 16, N], plus what is in the registers `before`, to registers: rows g and g + 8 of 8 columns,
+        then the next 8."""
+        product = product.reshape(-1, 2, 8, product.shape[2] // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+        product = product.reshape(len(self.thread), -1)
+        for i, (name, old) in enumerate(zip(names, before, strict=True)):
+            self.write(name, "f32", product[:, i] + (0 if old is None else self.read(old, "f32")), mask)
+
+    def do_mma(self, parts, operands):
+        names, a, b, sums = map(listed, operands)
+        if "m16n8k16" not in parts or parts[-1] != "f32":
+            return None
+
+        def run(mask):
+            right = self.fragment(b, parts[-2]).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
+            self.accumulate(names, sums, self.left(a, parts[-2]) @ right, mask)
+
+        return run
+
+    def do_wgmma(self, parts, operands):
+        if parts[0] in ("fence", "commit_group"):
+            return lambda mask: None
+        if parts[0] == "wait_group":
+            return lambda mask: self.finish()
+        (names, a, b, more, *_), columns, kind = operands, int(re.search(r"n(\d+)k16", parts[3])[1]), parts[-1]
+        names, transposed = listed(names), [word == "1" for word in operands[6:]]  # operands in shared memory
+        if parts[-3] != "f32" or operands[4:6] != ["1", "1"]:
+            return None
+
+        def run(mask):
+            group = np.ones(len(self.thread) // 128, bool) if mask is None else mask.reshape(-1, 128).any(1)
+            left = (self.left(listed(a), kind).reshape(-1, 64, 16) if a[0] == "{" else
+                    self.operand(a, 64, transposed[0], kind, group))
+            product = left @ self.operand(b, columns, transposed[-1], kind, group).swapaxes(1, 2)
+            keep = np.where(self.read_all(more, "pred"), True, False)  # else the product replaces the sums
+            before = [np.where(keep, self.registers[name].view("f4"), 0) for name in names]
+            for name, old in zip(names, before, strict=True):
+                self.write(name, "f32", old, mask)
+            self.accumulate(names, names, product.reshape(-1, 16, columns), mask)
+
+        return run
+
+    def operand(self, name, rows, transposed, kind, group):
+        """float64 [groups of four warps, rows, 16] of what a matrix descriptor tells of; zeros for other groups."""
+        every = self.registers[name][::128][group]
+        start, lead, stride = ((every >> np.uint64(at) & np.uint64(0x3FFF)).astype("i8")[:, None, None] << 4
+                               for at in (0, 16, 32))
+        mode, r, k = int(every[0] >> np.uint64(62)), np.arange(rows)[:, None], np.arange(16)
+        span = (16, 128, 64, 32)[mode]  # bytes that lie together
+        if not transposed:  # along k
+            at = start + r // 8 * stride + r % 8 * span + (2 * k if mode else k // 8 * lead + k % 8 * 2)
+        elif mode:  # along rows
+            at = start + r // (span // 2) * lead + r % (span // 2) * 2 + k // 8 * stride + k % 8 * span
+        else:
+            at = start + r // 8 * stride + r % 8 * 2 + k // 8 * lead + k % 8 * 16
+        at ^= at >> 3 & span - 16  # swizzled: bits 4 to 6 by bits 7 to 9, fewer where less lies together
+        program = self.program[::128][group]
+        places = self.shared.places(at.reshape(-1), 2, program.repeat(rows * 16)).reshape(len(every), -1)
+        self.shared.look(places, SEVERAL, program[:, None])
+        self.shared.reading.append((places, program[:, None]))
+        out = np.zeros((len(group), rows, 16))
+        out[group] = decode(self.shared.bytes[places].view("u2"), kind).reshape(-1, rows, 16)
+        return out
+
+    def finish(self):
+        """Tensor cores have read their operands, until now: they may be written after the next barrier."""
+        for places, program in self.shared.reading:
+            self.shared.look(places, SEVERAL, program)
+        self.shared.reading = []
+
+    # Running
+
+    def run(self, limit=None):
+        """Until all threads have returned, or `limit` statements were executed. Where threads part, those that are
+        furthest behind go on, and wait for the others at barriers."""
+        groups, live = {0: np.ones(len(self.thread), bool)}, np.ones(len(self.thread), bool)
+
+        def add(at, mask):
+            if mask.any():
+                groups[at] = groups[at] | mask if at in groups else mask
+
+        with np.errstate(all="ignore"):
+            while groups:
+                ready = [at for at in groups if not self.code[at][1].startswith("bar.sync")]
+                at = min(ready or groups)
+                mask, others = groups.pop(at), min((x for x in ready if x != at), default=len(self.code))
+                if not ready:
+                    inside = np.unique(self.program[mask])
+                    if (live & np.isin(self.program, inside) & ~mask).any():
+                        raise Fault("threads of a program wait at different barriers")
+                    self.shared.epoch[inside] += 1
+                    at += 1
+                whole = None if mask.all() else mask
+                while True:
+                    predicate, opcode, operands = self.code[at]
+                    if at >= others or opcode.startswith("bar.sync"):
+                        add(at, mask)
+                        break
+                    if limit is not None and (limit := limit - 1) < 0:
+                        return self
+                    if opcode.startswith("bra"):
+                        places, jumps = self.labels[operands[0]], mask & self.holds(predicate) if predicate else mask
+                        add(min((place for place in places if place > at), default=places[0]), jumps)
+                        add(at + 1, mask & ~jumps)
+                        break
+                    if opcode == "ret":
+                        live &= ~mask
+                        break
+                    if opcode == "trap":
+                        raise Fault("an assertion of the kernel failed")
+                    self.steps[at](whole)
+                    at += 1
+        return self
+
+
+def conflicts(ptx, threads, shared, arguments, limit=16000):
+    """(cycles of shared memory, the least that they could be) of the first `limit` statements that a program executes.
+    arguments: the integers that the kernel gets; pointers are any multiples of 16."""
+    machine = Machine(ptx, threads, shared, [0], (1, 1, 1), arguments, Anything(), counting=True).run(limit)
+    return machine.shared.cycles, machine.shared.least
+
+
+def install(target):
+    """From now on kernels that are launched on CPU tensors are compiled for a GPU, and run here."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(FakeDriver(target))
+    compile = JITFunction.run
+
+    def run(self, *args, grid, warmup, **how):
+        binary = compile(self, *args, grid=grid, warmup=True, **how)
+        if not warmup:
+            launch(binary, dict(zip(self.arg_names, args, strict=False)) | how, grid)
+        return binary
+
+    JITFunction.run = run
+
+
+def launch(binary, given, grid):
+    """Run all programs of a grid; given: {parameter: tensor or number}."""
+    values = [given[name] for name, kind in binary.src.signature.items() if kind != "constexpr"]
+    memory = Tensors([value for value in values if hasattr(value, "data_ptr")])
+    values = [value.data_ptr() if hasattr(value, "data_ptr") else value for value in values]
+    grid, threads = (*grid, 1, 1)[:3], 32 * binary.metadata.num_warps
+    programs, many = np.arange(np.prod(grid)), max(TOGETHER // threads, 1)
+    for first in range(0, len(programs), many):
+        some = programs[first : first + many]
+        Machine(binary.asm["ptx"], threads, binary.metadata.shared, some, grid, values, memory).run()
