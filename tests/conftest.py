@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-if "NANOLLAMAGEN_PTX" in os.environ:
+if os.environ.get("NANOLLAMAGEN_PTX"):
     os.environ.pop("TRITON_INTERPRET", None)
 elif not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,6 +35,8 @@ def pytest_configure():
 
         if target not in ("sm_80", "sm_90"):
             raise pytest.UsageError(f"NANOLLAMAGEN_PTX is {target}, and can be sm_80 or sm_90")
+        if torch.cuda.is_available():
+            raise pytest.UsageError("NANOLLAMAGEN_PTX is for machines without a GPU: CUDA_VISIBLE_DEVICES= hides it")
         ptx.install(target)
         kernels.INTERPRETED = True
         return

@@ -2,9 +2,11 @@
 
 Triton's interpreter runs a kernel's Python. It knows nothing of layouts, of copies that are still on their way, or of
 barriers between warps. Here all of these are run, for every thread of several programs at once. A `Fault` is what may
-or may not show on a GPU: an access outside of the tensors that the kernel was given, or off its alignment; a race in
-shared memory; a byte that is read before its copy has landed. Not run: what ptxas makes of the PTX, and tensor memory
-(sm_100). Tensor cores and fused products round once, from float64; ex2, rsqrt and division are off by a unit at most.
+or may not show on a GPU: an access outside of the storages of the kernel's tensors, or off its alignment; shared memory
+that is read before anything was stored there, or before a copy has landed, or where another warp, or tensor cores, may
+be reading or writing. Not seen: races within a warp and in global memory, missing proxy fences, registers of wgmma that
+are read too early. Not run: what ptxas makes of the PTX, and tensor memory (sm_100). Tensor cores and fused products
+round once, from float64, better than a GPU's; ex2, rsqrt and division are off by a unit at most.
 
     NANOLLAMAGEN_PTX=sm_90 python -m pytest tests/test_linear.py   # the tests of kernels, on what is compiled for sm_90
 
@@ -94,18 +96,8 @@ def blur(x):
     return np.where(kept, bits, bits + (fraction * np.uint32(0x9E3779B1) >> 28) % 3 - 1).astype("u4").view("f4")
 
 
-def shift(a, b, left):
-    """By as many bits as a has, or more: nothing is left but the sign."""
-    near = np.minimum(b, 8 * a.itemsize - 1).astype(a.dtype)
-    return np.where(b < 8 * a.itemsize, a << near, 0).astype(a.dtype) if left else np.where(
-        (b < 8 * a.itemsize) | (a.dtype.kind == "i"), a >> near, 0).astype(a.dtype)
-
-
 def divide(a, b):
-    if a.dtype.kind == "f":
-        return a / b
-    q = np.abs(a) // np.abs(np.where(b == 0, 1, b))
-    return np.where((a < 0) != (b < 0), -q, q)
+    return a / b if a.dtype.kind == "f" else (a - np.fmod(a, b)) // b
 
 
 def multiply(a, b, c=None, high=False, wide=False):
@@ -120,21 +112,22 @@ def multiply(a, b, c=None, high=False, wide=False):
 
 def fuse(a, b, c):
     """a b + c, rounded once, or nearly so."""
-    exact = {2: "f4", 4: "f8", 8: "g"}[a.itemsize]
+    exact = "g" if a.itemsize == 8 else "f8"
     return (a.astype(exact) * b + c).astype(a.dtype)
 
 
 def extract(a, start, length):
     """Bits of a; the highest of them is the sign of a signed number."""
-    start, length = start.astype(a.dtype), length.astype(a.dtype)
+    start, length = (start & 255).astype(a.dtype), (length & 255).astype(a.dtype)
     bits = a >> start & (1 << length) - 1
     return bits - ((bits >> length - 1 & 1) << length) if a.dtype.kind == "i" else bits
 
 
 def permute(a, b, selectors):
     """Four of the eight bytes of a and b; selectors above 7 ask for copies of a byte's sign."""
-    pool = np.stack(np.broadcast_arrays(a, b), 1).view("u1").reshape(-1, 8)
-    which = np.stack([selectors >> 4 * i & 15 for i in range(4)], 1).repeat(len(pool) // len(selectors), 0)
+    a, b, selectors = np.broadcast_arrays(a, b, selectors)
+    pool = np.stack([a, b], 1).view("u1").reshape(-1, 8)
+    which = np.stack([selectors >> 4 * i & 15 for i in range(4)], 1)
     picked = np.take_along_axis(pool, (which & 7).astype("i8"), 1)
     return np.where(which & 8, np.where(picked & 128, 255, 0), picked).astype("u1").view("u4").reshape(-1)
 
@@ -145,23 +138,35 @@ def fold(function):
 
 
 OPERATIONS = {
-    "add": np.add, "sub": np.subtract, "div": divide, "rem": lambda a, b: np.fmod(a, np.where(b == 0, 1, b)),
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "not": np.invert, "neg": np.negative, "abs": np.abs, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "rcp": lambda x: 1 / x, "fma": fuse, "bfe": extract, "popc": np.bitwise_count,
-    "shl": functools.partial(shift, left=True), "shr": functools.partial(shift, left=False), "prmt": permute,
+    "add": np.add, "sub": np.subtract, "div": divide, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "not": np.invert, "neg": np.negative, "abs": np.abs, "ex2": np.exp2, "sqrt": np.sqrt, "popc": np.bitwise_count,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "fma": fuse, "bfe": extract, "prmt": permute,
+    "shl": lambda a, b: a << np.minimum(b, 64).astype(a.dtype),
+    "shr": lambda a, b: a >> np.minimum(b, 64).astype(a.dtype),  # by all bits and more: nothing but the sign is left
     "mul": multiply, "mad": multiply, "min": fold(np.fmin), "max": fold(np.fmax),
+}
+MODIFIERS = {  # that a statement may have besides its types: with another it would do something else
+    "add": "rn ftz", "sub": "rn ftz", "mul": "rn ftz lo hi wide", "mad": "lo wide", "fma": "rn ftz", "div": "full",
+    "ex2": "approx ftz", "rsqrt": "approx ftz", "sqrt": "approx ftz", "cvt": "rn rzi rpi",
+    "setp": "eq ne lt le gt ge equ neu ltu leu gtu geu num", "ld": "param global shared shared::cta v2 v4",
+    "st": "global shared shared::cta v2 v4", "cp": "async ca cg shared shared::cta global commit_group wait_group",
+    "shfl": "sync up bfly idx", "redux": "sync add min max", "bar": "sync warp", "fence": "proxy async shared::cta",
+    "ldmatrix": "sync aligned m8n8 x1 x2 x4 trans shared",
+    "stmatrix": "sync aligned m8n8 x1 x2 x4 trans shared",
+    "mma": "sync aligned m16n8k16 row col", "bra": "uni",
+    "wgmma": "mma_async fence commit_group wait_group sync aligned m64n8k16 m64n16k16 m64n32k16 m64n64k16 m64n128k16",
 }
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
            "ge": np.greater_equal}
-ROUND = {"rzi": np.trunc, "rni": np.rint, "rpi": np.ceil, "rmi": np.floor}
+ROUND = {"rzi": np.trunc, "rpi": np.ceil}
+ENDLESS = 10**7  # statements
 
 
 def compare(how, a, b):
-    """Of floats "lt" is false where one is NaN, "ltu" true; "num": neither is, "nan": one is."""
+    """Of floats "lt" is false where one is NaN, "ltu" true; "num": neither is."""
     nan = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.False_
-    if how in ("num", "nan"):
-        return nan == (how == "nan")
+    if how == "num":
+        return ~nan
     return COMPARE[how[:2]](a, b) & ~nan | nan & how.endswith("u")
 
 
@@ -218,7 +223,7 @@ class Machine:
                            for (name, kind), x in given}
         self.thread = np.arange(n)
         self.program, self.warp, self.lane = self.thread // threads, self.thread // 32, self.thread % 32
-        self.shared = Shared(shared, len(programs), counting)
+        self.shared = Shared(shared, len(programs), n, counting)
         self.special = {"%tid.x": self.thread % threads, "global_smem": np.zeros(1, "u8")}
         for axis, place, extent in zip("zyx", np.unravel_index(programs, grid[::-1]), grid[::-1], strict=True):
             self.special |= {f"%ctaid.{axis}": place[self.program], f"%nctaid.{axis}": np.array([extent])}
@@ -252,8 +257,14 @@ class Machine:
     def lanes(self, mask):
         return self.thread if mask is None else np.flatnonzero(mask)
 
-    def access(self, address, width, lanes):
+    def whole(self, mask, threads=32):
+        """Fault where only a part of a warp, or of four, does what all have to do together."""
+        if mask is not None and (mask.reshape(-1, threads).any(1) != mask.reshape(-1, threads).all(1)).any():
+            raise Fault("a part of a warp does what all of it has to do together")
+
+    def access(self, address, width, lanes, matrices=0):
         """The access of some threads to shared memory: places, warps and programs [n, 1]."""
+        self.shared.count(address, width, lanes, matrices)
         return (self.shared.places(address, width, self.program[lanes]), self.warp[lanes, None].astype("i4"),
                 self.program[lanes, None])
 
@@ -263,14 +274,17 @@ class Machine:
         name, *parts = opcode.split(".")
         operation = name in OPERATIONS
         make = functools.partial(self.operate, name) if operation else getattr(self, f"do_{name}", None)
-        run = make(parts, operands) if make else None
-        if run is None and self.counting:  # tensor memory: as if there were nothing to wait for
+        strange = {*parts} - {*KINDS, *MODIFIERS.get(name, "").split()}
+        run = make(parts, operands) if make and not strange else None
+        if make is None and self.counting:  # tensor memory: as if there were nothing to wait for
             ready = [word for word in operands[:1] if self.registers.get(word, np.zeros(0)).dtype == bool]
             run = (lambda mask: self.write(ready[0], "pred", True, mask)) if ready else lambda mask: None
         if run is None:
             raise NotImplementedError(f"{opcode} {', '.join(operands)}")
-        if predicate is None:
+        if predicate is None or name in ("bra", "ret"):
             return run
+        if name == "bar":
+            raise NotImplementedError("a barrier under a predicate")
 
         def guarded(mask):
             active = self.holds(predicate) if mask is None else self.holds(predicate) & mask
@@ -284,7 +298,7 @@ class Machine:
         return ~value if predicate[0] == "!" else value.copy()
 
     def operate(self, name, parts, operands):
-        kind, (target, *sources) = next((part for part in parts[::-1] if part in KINDS), "pred"), operands
+        kind, (target, *sources) = next(part for part in parts[::-1] if part in KINDS), operands
         wide = kind[0] + str(2 * int(kind[1:])) if "wide" in parts else kind
         function, kinds = OPERATIONS[name], [kind] * len(sources)
         if name in ("shl", "shr", "bfe"):
@@ -292,8 +306,6 @@ class Machine:
         if name in ("mul", "mad"):
             kinds[2:] = [wide] * (len(sources) - 2)
             function = functools.partial(multiply, high="hi" in parts, wide="wide" in parts)
-        if "NaN" in parts:
-            function = fold({"min": np.minimum, "max": np.maximum}[name])
 
         def run(mask):
             x = [self.read(source, of) for source, of in zip(sources, kinds, strict=True)]
@@ -353,8 +365,7 @@ class Machine:
         def run(mask):
             lanes = self.lanes(mask)
             address = where()[lanes]
-            if parts[0] == "shared":
-                self.shared.count(address, width, lanes, len(self.thread))
+            if parts[0] != "global":
                 access = self.access(address, width, lanes)
                 self.shared.look(*access)
                 data = self.shared.bytes[access[0]]
@@ -373,8 +384,7 @@ class Machine:
         def run(mask):
             lanes = self.lanes(mask)
             address, data = where()[lanes], np.stack([self.read_all(name, kind)[lanes] for name in names], 1).view("u1")
-            if parts[0] == "shared":
-                self.shared.count(address, data.shape[1], lanes, len(self.thread))
+            if parts[0] != "global":
                 places, *who = self.access(address, data.shape[1], lanes)
                 self.shared.store(places, data, *who)
             else:
@@ -385,20 +395,22 @@ class Machine:
     def do_cp(self, parts, operands):
         """Asynchronous copies of `width` bytes, or, where there is nothing to copy, of so many zeros."""
         if "commit_group" in parts:
-            return lambda mask: self.shared.copies.append([])
+            return lambda mask: np.add.at(self.shared.group, self.lanes(mask), 1)
         if "wait_group" in parts:
-            return lambda mask: self.shared.land(int(operands[0]))
+            return lambda mask: self.shared.land(int(operands[0]), self.lanes(mask))
         target, source, width, *some = operands
         target, source, width = self.address(target), self.address(source), int(width, 0)
 
         def run(mask):
             lanes = self.lanes(mask)
-            there = (self.read_all(some[0], "u32") > 0)[lanes] if some else np.ones(len(lanes), bool)
+            size = (self.read_all(some[0], "u32") if some else np.full(len(self.thread), width))[lanes]
+            there = size > 0
+            if (size[there] != width).any():
+                raise NotImplementedError("a copy of a part")
             data = np.zeros((len(lanes), width), "u1")
             data[there] = self.memory.read(source()[lanes][there], width)
-            self.shared.count(target()[lanes], width, lanes, len(self.thread))
             places, *who = self.access(target()[lanes], width, lanes)
-            self.shared.copy(places, data, *who)
+            self.shared.copy(places, data, *who, lanes)
 
         return run
 
@@ -406,11 +418,11 @@ class Machine:
         target, source, by, bounds, _ = operands
 
         def run(mask):
-            b, c = self.read(by, "u32").astype("i8"), self.read(bounds, "u32").astype("i8")
+            self.whole(mask)
+            b, c = self.read(by, "u32").astype("i8") & 31, self.read(bounds, "u32").astype("i8")
             segment, clamp = c >> 8 & 31, c & 31
             most = self.lane & segment | clamp & ~segment
-            there = dict(up=self.lane - b, down=self.lane + b, bfly=self.lane ^ b,
-                         idx=self.lane & segment | b & ~segment)[parts[1]]
+            there = dict(up=self.lane - b, bfly=self.lane ^ b, idx=self.lane & segment | b & ~segment)[parts[1]]
             there = np.where(there >= most if parts[1] == "up" else there <= most, there, self.lane)
             self.write(target, "b32", self.read_all(source, "b32")[self.warp * 32 + there], mask)
 
@@ -420,16 +432,24 @@ class Machine:
         reduce, kind, (target, source, _) = dict(add=np.sum, min=np.min, max=np.max)[parts[1]], parts[-1], operands
 
         def run(mask):
-            x = reduce(self.read_all(source, kind).reshape(-1, 32), axis=1)  # all of a warp: others are not to be met
-            assert mask is None or (mask.reshape(-1, 32).all(1) == mask.reshape(-1, 32).any(1)).all()
-            self.write(target, kind, x.repeat(32), mask)
+            self.whole(mask)
+            self.write(target, kind, reduce(self.read_all(source, kind).reshape(-1, 32), axis=1).repeat(32), mask)
 
         return run
 
     def do_bra(self, parts, operands):
-        return lambda mask: None  # `run` jumps, waits and ends
+        return lambda mask: None  # `run` jumps and ends
 
-    do_bar = do_fence = do_ret = do_trap = do_bra
+    do_ret = do_fence = do_bra
+
+    def do_bar(self, parts, operands):
+        return (lambda mask: None) if "warp" in parts or operands == ["0"] else None  # for which `run` waits
+
+    def do_trap(self, parts, operands):
+        def run(mask):
+            raise Fault("an assertion of the kernel failed")
+
+        return run
 
     def tiles(self, parts):
         """How many 8 x 8 matrices of 16 bits ldmatrix and stmatrix move, and whether transposed."""
@@ -439,11 +459,10 @@ class Machine:
         (n, transposed), names, where = self.tiles(parts), listed(operands[0]), self.address(operands[1])
 
         def run(mask):
+            self.whole(mask)
             lanes = self.lanes(mask)
             lanes = lanes[lanes % 32 < 8 * n]  # whose addresses are those of rows
-            address = where()[lanes]
-            self.shared.count(address, 16, lanes, len(self.thread), n)
-            access = self.access(address, 16, lanes)
+            access = self.access(where()[lanes], 16, lanes, n)
             self.shared.look(*access)
             tiles = self.shared.bytes[access[0]].view("u2").reshape(-1, n, 8, 8)
             pairs = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles).view("u4").reshape(-1, n, 32)
@@ -458,14 +477,13 @@ class Machine:
         (n, transposed), names, where = self.tiles(parts), listed(operands[1]), self.address(operands[0])
 
         def run(mask):
+            self.whole(mask)
             lanes = self.lanes(mask)
             tiles = np.stack([self.registers[name][lanes].reshape(-1, 32) for name in names], 1).view("u2")
             tiles = tiles.reshape(-1, n, 8, 8)
             tiles = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles)
             lanes = lanes[lanes % 32 < 8 * n]
-            address = where()[lanes]
-            self.shared.count(address, 16, lanes, len(self.thread), n)
-            places, *who = self.access(address, 16, lanes)
+            places, *who = self.access(where()[lanes], 16, lanes, n)
             self.shared.store(places, tiles.view("u1").reshape(-1, 16), *who)
 
         return run
@@ -482,21 +500,23 @@ class Machine:
         return self.fragment(names, kind).reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
 
     def accumulate(self, names, before, product, mask):
-        """product [warps, 16, N], plus what is in the registers `before`, to registers: rows g and g + 8 of 8 columns,
+        """product [warps, 16, N], plus numbers `before` of each register, to registers: rows g and g + 8 of 8 columns,
         then the next 8."""
         product = product.reshape(-1, 2, 8, product.shape[2] // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5)
         product = product.reshape(len(self.thread), -1)
         for i, (name, old) in enumerate(zip(names, before, strict=True)):
-            self.write(name, "f32", product[:, i] + (0 if old is None else self.read(old, "f32")), mask)
+            self.write(name, "f32", product[:, i] + old, mask)
 
     def do_mma(self, parts, operands):
         names, a, b, sums = map(listed, operands)
-        if "m16n8k16" not in parts or parts[-1] != "f32":
+        if parts[-1] != "f32":
             return None
 
         def run(mask):
+            self.whole(mask)
             right = self.fragment(b, parts[-2]).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
-            self.accumulate(names, sums, self.left(a, parts[-2]) @ right, mask)
+            before = [self.read(name, "f32") for name in sums]
+            self.accumulate(names, before, self.left(a, parts[-2]) @ right, mask)
 
         return run
 
@@ -504,22 +524,21 @@ class Machine:
         if parts[0] in ("fence", "commit_group"):
             return lambda mask: None
         if parts[0] == "wait_group":
-            return lambda mask: self.finish()
+            return (lambda mask: self.finish(mask)) if operands == ["0"] else None
         (names, a, b, more, *_), columns, kind = operands, int(re.search(r"n(\d+)k16", parts[3])[1]), parts[-1]
         names, transposed = listed(names), [word == "1" for word in operands[6:]]  # operands in shared memory
         if parts[-3] != "f32" or operands[4:6] != ["1", "1"]:
             return None
 
         def run(mask):
-            group = np.ones(len(self.thread) // 128, bool) if mask is None else mask.reshape(-1, 128).any(1)
+            self.whole(mask, 128)
+            group = np.ones(len(self.thread) // 128, bool) if mask is None else mask[::128]
             left = (self.left(listed(a), kind).reshape(-1, 64, 16) if a[0] == "{" else
                     self.operand(a, 64, transposed[0], kind, group))
             product = left @ self.operand(b, columns, transposed[-1], kind, group).swapaxes(1, 2)
-            keep = np.where(self.read_all(more, "pred"), True, False)  # else the product replaces the sums
-            before = [np.where(keep, self.registers[name].view("f4"), 0) for name in names]
-            for name, old in zip(names, before, strict=True):
-                self.write(name, "f32", old, mask)
-            self.accumulate(names, names, product.reshape(-1, 16, columns), mask)
+            keep = self.read(more, "pred")  # else the product replaces the sums
+            before = [np.where(keep, self.read(name, "f32"), 0) for name in names]
+            self.accumulate(names, before, product.reshape(-1, 16, columns), mask)
 
         return run
 
@@ -528,34 +547,38 @@ class Machine:
         every = self.registers[name][::128][group]
         start, lead, stride = ((every >> np.uint64(at) & np.uint64(0x3FFF)).astype("i8")[:, None, None] << 4
                                for at in (0, 16, 32))
-        mode, r, k = int(every[0] >> np.uint64(62)), np.arange(rows)[:, None], np.arange(16)
+        modes, r, k = every >> np.uint64(49), np.arange(rows)[:, None], np.arange(16)
+        mode = int(modes[0]) >> 13
+        if (modes != mode << 13).any() or transposed and not mode:
+            raise NotImplementedError("a matrix descriptor with a base offset, or of rows that are not swizzled")
         span = (16, 128, 64, 32)[mode]  # bytes that lie together
         if not transposed:  # along k
             at = start + r // 8 * stride + r % 8 * span + (2 * k if mode else k // 8 * lead + k % 8 * 2)
-        elif mode:  # along rows
+        else:  # along rows
             at = start + r // (span // 2) * lead + r % (span // 2) * 2 + k // 8 * stride + k % 8 * span
-        else:
-            at = start + r // 8 * stride + r % 8 * 2 + k // 8 * lead + k % 8 * 16
         at ^= at >> 3 & span - 16  # swizzled: bits 4 to 6 by bits 7 to 9, fewer where less lies together
         program = self.program[::128][group]
         places = self.shared.places(at.reshape(-1), 2, program.repeat(rows * 16)).reshape(len(every), -1)
         self.shared.look(places, SEVERAL, program[:, None])
-        self.shared.reading.append((places, program[:, None]))
+        self.shared.busy[places] = True
         out = np.zeros((len(group), rows, 16))
         out[group] = decode(self.shared.bytes[places].view("u2"), kind).reshape(-1, rows, 16)
         return out
 
-    def finish(self):
-        """Tensor cores have read their operands, until now: they may be written after the next barrier."""
-        for places, program in self.shared.reading:
-            self.shared.look(places, SEVERAL, program)
-        self.shared.reading = []
+    def finish(self, mask):
+        """Tensor cores have read their operands: these may be written from now on, after a barrier."""
+        for program in np.unique(self.program[self.lanes(mask)]):
+            mine = slice(program * self.shared.size, (program + 1) * self.shared.size)
+            self.shared.seen[mine][self.shared.busy[mine]] = self.shared.epoch[program]
+            self.shared.reader[mine][self.shared.busy[mine]] = SEVERAL
+            self.shared.busy[mine] = False
 
     # Running
 
     def run(self, limit=None):
         """Until all threads have returned, or `limit` statements were executed. Where threads part, those that are
-        furthest behind go on, and wait for the others at barriers."""
+        furthest behind go on, and wait for the others at barriers, which have to be the same for all."""
+        left = ENDLESS if limit is None else limit
         groups, live = {0: np.ones(len(self.thread), bool)}, np.ones(len(self.thread), bool)
 
         def add(at, mask):
@@ -579,21 +602,30 @@ class Machine:
                     if at >= others or opcode.startswith("bar.sync"):
                         add(at, mask)
                         break
-                    if limit is not None and (limit := limit - 1) < 0:
+                    if (left := left - 1) < 0 and limit is not None:
                         return self
-                    if opcode.startswith("bra"):
-                        places, jumps = self.labels[operands[0]], mask & self.holds(predicate) if predicate else mask
-                        add(min((place for place in places if place > at), default=places[0]), jumps)
-                        add(at + 1, mask & ~jumps)
+                    if left < 0:
+                        raise Fault("the kernel does not end")
+                    if opcode == "ret" or opcode.startswith("bra"):
+                        goes = mask & self.holds(predicate) if predicate else mask
+                        add(at + 1, mask & ~goes)
+                        if opcode == "ret":
+                            live &= ~goes
+                        else:
+                            add(self.target(operands[0], at), goes)
                         break
-                    if opcode == "ret":
-                        live &= ~mask
-                        break
-                    if opcode == "trap":
-                        raise Fault("an assertion of the kernel failed")
                     self.steps[at](whole)
                     at += 1
+        if self.shared.coming.any() and not self.counting:
+            raise Fault("the kernel ends before its copies have landed")
         return self
+
+    def target(self, label, at):
+        """Where a jump leads; of the labels of inline assembly, which stand in several places, to the next."""
+        places = self.labels[label]
+        if len(places) > 1 and places[-1] <= at:
+            raise NotImplementedError(f"a jump back to {label}, one of several")
+        return next((place for place in places if place > at), places[0])
 
 
 def conflicts(ptx, threads, shared, arguments, limit=16000):

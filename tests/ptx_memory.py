@@ -1,12 +1,12 @@
 """Memory of the machine for PTX (ptx.py): tensors, and shared memory that knows races, copies and bank conflicts."""
 
 import ctypes
-import itertools
 
 import numpy as np
 
 LOADED = 320  # what integers in memory that is not there are taken for: a position some blocks into a cache
 SEVERAL = np.int32(-2)  # warps that read a byte
+ROUNDING = 4  # units in the last place of float32
 
 
 class Fault(AssertionError):
@@ -46,7 +46,7 @@ class Tensors:
 
 
 class Anything:
-    """Memory that is not there: zeros, but LOADED in words by themselves; what is written is forgotten."""
+    """Memory that is not there: zeros, but LOADED where 4 or 8 bytes are read; what is written is forgotten."""
 
     def read(self, address, width):
         value = np.array([LOADED], f"u{width}") if width in (4, 8) else np.zeros(1, f"V{width}")
@@ -59,13 +59,13 @@ class Anything:
 class Shared:
     """Shared memory of some programs, `size` bytes each, and what is known of every byte."""
 
-    def __init__(self, size, programs, counting):
+    def __init__(self, size, programs, threads, counting):
         self.size, self.counting, self.cycles, self.least = size, counting, 0, 0
-        self.bytes = np.full(size * programs, 0xFF, "u1")  # NaN, until something is stored
+        self.bytes = np.full(size * programs, 0xFF, "u1")
         self.epoch = np.zeros(programs, "i4")  # barriers that a program has passed
         self.written, self.writer, self.seen, self.reader = np.full((4, size * programs), -1, "i4")  # when, and by whom
-        self.coming = np.zeros(size * programs, bool)  # on its way by an asynchronous copy
-        self.copies, self.reading = [[]], []  # groups of copies; what tensor cores are reading
+        self.coming, self.busy = np.zeros((2, size * programs), bool)  # copies are on their way; tensor cores read
+        self.group, self.copies = np.zeros(threads, "i4"), []  # groups of copies that a thread has made
 
     def places(self, address, width, program):
         """Places [n, width] in `bytes` of an access by threads of these programs."""
@@ -76,9 +76,13 @@ class Shared:
 
     def look(self, places, warp, program):
         """Note that warps read; SEVERAL do where they are not known apart."""
+        if self.counting:
+            return
         epoch = self.epoch[program]
         if self.coming[places].any():
             raise Fault("shared memory is read before a copy has landed")
+        if (self.written[places] < 0).any():
+            raise Fault("shared memory is read where nothing was stored")
         if ((self.written[places] == epoch) & (self.writer[places] != warp)).any():
             raise Fault("a race: shared memory is read after another warp's store, without a barrier")
         other = (self.seen[places] == epoch) & (self.reader[places] != warp)
@@ -87,9 +91,11 @@ class Shared:
 
     def guard(self, places, data, warp, program):
         """Fault where a store, or a copy, would meet others."""
+        if self.counting:
+            return
         epoch = self.epoch[program]
-        if self.coming[places].any():
-            raise Fault("shared memory is written where a copy has not landed")
+        if self.coming[places].any() or self.busy[places].any():
+            raise Fault("shared memory is written where a copy has not landed, or tensor cores read")
         if ((self.seen[places] == epoch) & (self.reader[places] != warp)).any():
             raise Fault("a race: shared memory is written after another warp's load, without a barrier")
         other = (self.written[places] == epoch) & (self.writer[places] != warp)
@@ -97,29 +103,37 @@ class Shared:
             raise Fault("a race: two warps store to the same place of shared memory")
 
     def store(self, places, data, warp, program):
-        # Lanes that hold the same sum may have rounded it differently: which of them is stored is not told
         self.guard(places, data, warp, program)
         self.bytes[places], self.written[places], self.writer[places] = data, self.epoch[program], warp
+        if data.shape[1] % 4 == 0 and not self.counting:
+            # Threads that hold the same sum may have rounded it differently: which of them is stored is not told
+            stored, given = (np.ascontiguousarray(x).view("u4").astype("i8") for x in (self.bytes[places], data))
+            if (np.abs(stored - given) > ROUNDING).any():
+                raise Fault("a race: two threads store to the same place of shared memory")
 
-    def copy(self, *access):
-        self.guard(*access)
-        self.coming[access[0]] = True
-        self.copies[-1].append(access)
+    def copy(self, places, data, warp, program, thread):
+        self.guard(places, data, warp, program)
+        self.coming[places] = True
+        self.copies.append((places, data, warp, program, thread, self.group[thread]))
 
-    def land(self, left):
-        """Wait for all groups of copies but the last `left`."""
-        done = max(len(self.copies) - 1 - left, 0)
-        for access in itertools.chain(*self.copies[:done]):
-            self.coming[access[0]] = False
-            self.store(*access)
-        self.copies = self.copies[done:]
+    def land(self, left, threads):
+        """Threads wait for all groups of their copies but the last `left`."""
+        waiting, flying = np.zeros(len(self.group), bool), []
+        waiting[threads] = True
+        for places, data, warp, program, thread, group in self.copies:
+            done = waiting[thread] & (group < self.group[thread] - left)
+            self.coming[places[done]], self.bytes[places[done]] = False, data[done]
+            self.written[places[done]], self.writer[places[done]] = self.epoch[program[done]], warp[done]
+            if not done.all():
+                flying.append(tuple(x[~done] for x in (places, data, warp, program, thread, group)))
+        self.copies = flying
 
-    def count(self, address, width, lanes, threads, matrices=0):
+    def count(self, address, width, lanes, matrices):
         """Bank conflicts. There are 32 banks of 4 bytes. A warp is served in phases of at most 128 bytes, which take as
         many cycles as one bank has words to give (ldmatrix and stmatrix: a phase for each matrix)."""
         if not self.counting:
             return
-        full, active = np.zeros(threads, "i8"), np.zeros(threads, bool)
+        full, active = np.zeros(len(self.group), "i8"), np.zeros(len(self.group), bool)
         full[lanes], active[lanes] = address, True
         phase = 8 if matrices else min(128 // width, 32)
         full, active = (x.reshape(-1, 32)[:, : 8 * matrices or 32].reshape(-1, phase) for x in (full, active))

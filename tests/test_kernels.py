@@ -18,7 +18,7 @@ codebook_file, rms_norm_file, swiglu_file = (
     importlib.import_module(f"kernels.{name}") for name in ("codebook", "rms_norm", "swiglu")
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILED = DEVICE == "cuda" or "NANOLLAMAGEN_PTX" in os.environ  # then products and sums are fused
+COMPILED = DEVICE == "cuda" or bool(os.environ.get("NANOLLAMAGEN_PTX"))  # then products and sums are fused
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")

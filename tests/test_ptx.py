@@ -31,11 +31,11 @@ KERNEL = """
 """
 
 
-def run(body, threads=32, stride=4, content=None):
-    """What a program leaves in memory, of which %rd1 is the address and %rd2 that of the thread's word: uint32."""
+def run(body, threads=32, stride=4, content=None, programs=1):
+    """What programs leave in memory, of which %rd1 is the address and %rd2 that of the thread's word: uint32."""
     memory = torch.zeros(threads, dtype=torch.int32) if content is None else content
-    machine = ptx.Machine(KERNEL.replace("BODY", body), threads, 4096, [0], (1, 1, 1), [memory.data_ptr(), stride],
-                          ptx.Tensors([memory]))
+    machine = ptx.Machine(KERNEL.replace("BODY", body), threads, 4096, range(programs), (programs, 1, 1),
+                          [memory.data_ptr(), stride], ptx.Tensors([memory]))
     machine.run()
     return memory.numpy().view("u4")
 
@@ -67,6 +67,8 @@ def bits(x):
     ("cvt.u64.u32 %rd3, -1; shl.b64 %rd3, %rd3, 4; shr.u64 %rd3, %rd3, 32; cvt.u32.u64 %r9, %rd3", 15),
     ("mov.b32 {%rs1, %rs2}, 0x11112222; mov.b32 %r9, {%rs2, %rs1}", 0x22221111),
     ("mul.bf16x2 %r9, 0x40003F80, 0x40404040", 0x40C04040), ("xor.b32 %r9, 12, 10", 6),
+    ("cvt.s64.s32 %rd3, -1; mov.b64 {_, %r9}, %rd3", 2**32 - 1), ("cvt.rzi.s32.f32 %r9, 0fFF800000", 2**31),
+    ("div.s32 %r9, 0x80000000, 3", 2**32 - 0x2AAAAAAA), ("fma.rn.ftz.f32 %r9, 0f00400000, 0f7F000000, 0f00000000", 0),
     ("min.s32 %r9, -1, 1", 2**32 - 1), ("min.u32 %r9, -1, 1", 1),
     ("not.b32 %r9, 0", 2**32 - 1), ("and.pred %p1, 1, 0; selp.b32 %r9, 1, 2, %p1", 2),
 ])
@@ -77,7 +79,10 @@ def test_statements(statements, expected):
 @pytest.mark.parametrize("statement, expected", [
     ("shfl.sync.bfly.b32 %r9, %r1, 4, 31, -1", [i ^ 4 for i in range(32)]),
     ("shfl.sync.up.b32 %r9, %r1, 3, 0, -1", [max(i - 3, i % 3 if i < 3 else 0) for i in range(32)]),
-    ("shfl.sync.idx.b32 %r9, %r1, 7, 31, -1", 32 * [7]), ("redux.sync.add.s32 %r9, %r1, -1", 32 * [496]),
+    ("shfl.sync.idx.b32 %r9, %r1, 39, 31, -1", 32 * [7]),
+    ("shfl.sync.idx.b32 %r9, %r1, 1, 0x181f, -1", [i // 8 * 8 + 1 for i in range(32)]),  # of eight lanes each
+    ("setp.lt.u32 %p1, %r1, 9; mov.b32 %r9, 6; st.global.b32 [%rd2], {%r9}; @%p1 ret; mov.b32 %r9, 3",
+     9 * [6] + 23 * [3]), ("redux.sync.add.s32 %r9, %r1, -1", 32 * [496]),
     ("setp.gt.u32 %p1, %r1, 30; @%p1 bra FAR; add.s32 %r9, %r1, 5; bra.uni END; FAR: mov.b32 %r9, 7; END: bar.sync 0",
      [*range(5, 36), 7]),
     ("mov.b32 %r9, 0; AGAIN: add.s32 %r9, %r9, 2; setp.lt.u32 %p1, %r9, %r1; @%p1 bra AGAIN",  # threads part
@@ -140,42 +145,105 @@ def test_matrices():
         assert (again == np.arange(32) * 65536 + 1).all()
 
 
-COPY = "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group;"
+STORE, COPY = "st.shared.b32 [%r3], %r1;", "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group;"
+OTHER = "xor.b32 %r4, %r3, 128; "  # where a thread of the other warp stores
+WORD = "ld.shared.b32 %r5, [global_smem];"
+FIRST, ROWS = "setp.lt.s32 %p1, %r1, 32; ", "shl.b32 %r6, %r1, 4; and.b32 %r6, %r6, 127; "
+WGMMA = ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r10, %r11, %r12, %r13}, {%r4, %r5, %r6, %r7}, %rd3, "
+         f"0, 1, 1, 0; mov.b64 %rd3, {8 << 32 | 8 << 16}; ")
 
 
 @pytest.mark.parametrize("body, why", [
     ("st.global.b32 [%rd2+4], {%r1};", "outside of all tensors by 1 threads"),
     ("ld.global.b32 {%r4}, [%rd2+2];", "4 bytes that is not aligned"),
+    ("setp.eq.s32 %p1, %r1, 1; @%p1 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd2];", "16 bytes that is not aligned"),
     ("st.shared.b32 [%r3+3970], %r1;", "not aligned or beyond 4096"), ("ld.shared.b32 %r4, [%r3+4064];", "beyond 4096"),
-    ("st.shared.b32 [%r3], %r1; xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4];", "read after another warp's store"),
-    ("ld.shared.b32 %r4, [global_smem]; setp.eq.s32 %p1, %r1, 40; @%p1 st.shared.b32 [global_smem], %r1;",
-     "written after another warp's load"),
-    ("and.b32 %r4, %r3, 127; setp.lt.s32 %p1, %r1, 32; @%p1 st.shared.b32 [%r4], %r1; @!%p1 st.shared.b32 [%r4], %r3;",
+    ("ld.shared.b32 %r4, [%r3];", "where nothing was stored"),
+    (f"{STORE} {OTHER} ld.shared.b32 %r5, [%r4];", "read after another warp's store"),
+    (f"{STORE} {ROWS} ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r5}}, [%r6];", "read after another warp's store"),
+    (f"{STORE} bar.sync 0; {OTHER} ld.shared.b32 %r5, [%r4]; {ROWS} stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r6], "
+     "{%r1};", "written after another warp's load"),
+    (f"{STORE} bar.sync 0; {OTHER} ld.shared.b32 %r5, [%r4]; {STORE}", "written after another warp's load"),
+    (f"{STORE} bar.sync 0; ld.shared.b32 %r5, [global_smem+4]; setp.eq.s32 %p1, %r1, 1; @%p1 st.shared.b32 [%r3], %r2;",
+     "written after another warp's load"),  # both warps have read
+    (f"{FIRST} {STORE} bar.sync 0; @!%p1 {WORD} @%p1 {WORD} @%p1 {STORE}", "written after another warp's load"),
+    (f"{FIRST} and.b32 %r4, %r3, 127; @%p1 st.shared.b32 [%r4], %r1; @!%p1 st.shared.b32 [%r4], %r3;",
      "two warps store"),
+    ("shl.b32 %r4, %r1, 8; st.shared.b32 [global_smem], %r4;", "two threads store"),
     (f"{COPY} ld.shared.b32 %r4, [%r3];", "before a copy has landed"),
     (f"{COPY} cp.async.wait_group 1; ld.shared.b32 %r4, [%r3];", "before a copy has landed"),
-    (f"{COPY} st.shared.b32 [%r3], %r1;", "written where a copy has not landed"),
-    (f"{COPY} cp.async.wait_group 0; xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4];", "after another warp's store"),
-    (f"ld.shared.b32 %r4, [global_smem]; {COPY}", "written after another warp's load"),
+    (f"{FIRST} {COPY} @%p1 cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r4, [%r3];", "before a copy has landed"),
+    (f"{FIRST} {COPY} @!%p1 cp.async.commit_group; cp.async.wait_group 1; ld.shared.b32 %r4, [%r3];", "before a copy"),
+    (f"{COPY} {STORE}", "where a copy has not landed"), (COPY, "ends before its copies have landed"),
+    (f"{COPY} cp.async.wait_group 0; {OTHER} ld.shared.b32 %r5, [%r4];", "after another warp's store"),
+    (f"{STORE} bar.sync 0; {OTHER} ld.shared.b32 %r5, [%r4]; {COPY}", "written after another warp's load"),
     ("setp.lt.s32 %p1, %r1, 32; @%p1 bra ON; bar.sync 0; bra.uni END; ON: bar.sync 0; END: mov.b32 %r4, 1;",
      "different barriers"),
-    ("trap;", "assertion"),
+    ("setp.lt.s32 %p1, %r1, 7; @%p1 bra ON; shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1; ON: mov.b32 %r4, 1;",
+     "part of a warp"),
+    ("AGAIN: mov.b32 %r4, 1; bra AGAIN;", "does not end"), ("setp.eq.s32 %p1, %r1, 0; @%p1 trap;", "assertion"),
 ])
-def test_faults(body, why):
+def test_faults(body, why, monkeypatch):
+    monkeypatch.setattr(ptx, "ENDLESS", 1000)
     with pytest.raises(ptx.Fault, match=why):
         run(body, threads=64)
 
 
+FILL = "shl.b32 %r5, %r1, 2; st.shared.b32 [%r5], %r1;"  # of 128 threads: what wgmma reads, and some more
+WAIT = "wgmma.wait_group.sync.aligned 0;"
+
+
+@pytest.mark.parametrize("body, why", [
+    (f"{FILL} {WGMMA} {WAIT}", "read after another warp's store"),
+    (f"{FILL} bar.sync 0; {WGMMA} bar.sync 0; {FILL} {WAIT}", "tensor cores read"),
+    (f"{FILL} bar.sync 0; {WGMMA} bar.sync 0; bar.sync 0; {FILL} bar.sync 0; {WAIT}", "tensor cores read"),
+    (f"{FILL} bar.sync 0; {WGMMA} bar.sync 0; {WAIT} {FILL}", "written after another warp's load"),
+])
+def test_races_with_tensor_cores(body, why):
+    with pytest.raises(ptx.Fault, match=why):
+        run(body, threads=128)
+    run(f"{FILL} bar.sync 0; {WGMMA} {WAIT} bar.sync 0; {FILL}", threads=128)
+
+
 @pytest.mark.parametrize("body", [
-    "st.shared.b32 [%r3], %r1; bar.sync 0; xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4];",
-    "st.shared.b32 [%r3], %r1; xor.b32 %r4, %r3, 64; ld.shared.b32 %r5, [%r4];",  # of the same warp
+    f"{STORE} bar.sync 0; {OTHER} ld.shared.b32 %r5, [%r4];",
+    f"{STORE} xor.b32 %r4, %r3, 64; ld.shared.b32 %r5, [%r4];",  # of the same warp
     f"{COPY} cp.async.wait_group 0; ld.shared.b32 %r5, [%r3];",
-    f"{COPY} cp.async.wait_group 0; bar.sync 0; xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4];",
-    "add.s64 %rd3, %rd2, 4096; cp.async.ca.shared.global [%r3], [%rd3], 4, 0; cp.async.wait_group 0;",  # reads nothing
-    "setp.gt.s32 %p1, %r1, 99; @%p1 ld.global.b32 {%r4}, [%rd3];",
+    f"{COPY} cp.async.wait_group 0; bar.sync 0; {OTHER} ld.shared.b32 %r5, [%r4];",
+    "add.s64 %rd3, %rd2, 4096; cp.async.ca.shared.global [%r3], [%rd3], 4, 0; cp.async.commit_group; "
+    "cp.async.wait_group 0;",  # reads nothing
+    "setp.gt.s32 %p1, %r1, 99; @%p1 ld.global.b32 {%r4}, [%rd3]; @%p1 trap;",
+    "and.b32 %r4, %r3, 127; st.shared.b32 [%r4], 5; bar.sync 0; ld.shared.b32 %r5, [%r4];",  # two warps, the same value
+    "and.b32 %r4, %r1, 3; st.shared.b32 [global_smem], %r4;",  # lanes may have rounded differently
+    f"{FIRST} @!%p1 ret; {STORE} bar.sync 0; ld.shared.b32 %r5, [%r3];",  # who has returned is not waited for
 ])
 def test_no_faults(body):
     run(body, threads=64)
+
+
+def test_programs():
+    """Each has its own shared memory, barriers and copies, and its place in the grid."""
+    body = ("mov.u32 %r4, %ctaid.x; setp.eq.s32 %p1, %r4, 1; @%p1 bra FAR; st.shared.b32 [%r3], %r1; bar.sync 0; "
+            f"{OTHER.replace('%r4', '%r6')} ld.shared.b32 %r9, [%r6]; st.global.b32 [%rd2], {{%r9}}; FAR: ")
+    rest = "mov.b32 %r9, 7; @%p1 st.global.b32 [%rd2+256], {%r9}; "
+    content = torch.zeros(128, dtype=torch.int32)
+    assert run(body + rest, 64, content=content, programs=2).tolist() == [*range(32, 64), *range(32)] + 64 * [7]
+    with pytest.raises(ptx.Fault, match="read after another"):  # the other program's barriers do not help
+        run(f"{STORE} mov.u32 %r4, %ctaid.x; setp.eq.s32 %p1, %r4, 1; @%p1 bra FAR; bar.sync 0; bar.sync 0; FAR: "
+            f"{OTHER} ld.shared.b32 %r5, [%r4];", 64, programs=2)
+    with pytest.raises(ptx.Fault, match="before a copy has landed"):
+        run(f"mov.u32 %r4, %ctaid.x; setp.eq.s32 %p1, %r4, 1; {COPY} @%p1 cp.async.wait_group 0; "
+            "ld.shared.b32 %r5, [%r3];", 64, programs=2)
+
+
+@pytest.mark.parametrize("statement", [
+    "add.sat.f32 %r9, %r4, %r5", "cvt.rz.bf16.f32 %rs1, %r4", "setp.lt.ftz.f32 %p1, %r4, %r5", "bar.sync 1, 32",
+    "setp.eq.s32 %p1, %r4, 0; @%p1 bar.sync 0", "lop3.b32 %r9, %r4, %r5, %r6, 7", "wgmma.wait_group.sync.aligned 1",
+    "cp.async.ca.shared.global [%r3], [%rd2], 4, 2", "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT",
+])
+def test_what_it_does_not_know(statement):
+    with pytest.raises(NotImplementedError):
+        run(statement + ";")
 
 
 LOOP = """mov.b32 %r4, 0;
