@@ -139,8 +139,9 @@ def fold(function):
 
 OPERATIONS = {
     "add": np.add, "sub": np.subtract, "div": divide, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "not": np.invert, "neg": np.negative, "abs": np.abs, "ex2": np.exp2, "sqrt": np.sqrt, "popc": np.bitwise_count,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "fma": fuse, "bfe": extract, "prmt": permute,
+    "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "popc": np.bitwise_count,
+    "ex2": lambda x: np.exp2(x.astype("f8")).astype("f4"),
+    "rsqrt": lambda x: (1 / np.sqrt(x.astype("f8"))).astype("f4"), "fma": fuse, "bfe": extract, "prmt": permute,
     "shl": lambda a, b: a << np.minimum(b, 64).astype(a.dtype),
     "shr": lambda a, b: a >> np.minimum(b, 64).astype(a.dtype),  # by all bits and more: nothing but the sign is left
     "mul": multiply, "mad": multiply, "min": fold(np.fmin), "max": fold(np.fmax),
@@ -263,10 +264,9 @@ class Machine:
             raise Fault("a part of a warp does what all of it has to do together")
 
     def access(self, address, width, lanes, matrices=0):
-        """The access of some threads to shared memory: places, warps and programs [n, 1]."""
+        """The access of some threads to shared memory: places [n, width] and warps [n, 1]."""
         self.shared.count(address, width, lanes, matrices)
-        return (self.shared.places(address, width, self.program[lanes]), self.warp[lanes, None].astype("i4"),
-                self.program[lanes, None])
+        return self.shared.places(address, width, self.program[lanes]), self.warp[lanes, None].astype("i4")
 
     # Statements. Each method returns a function of the mask of threads (None: all of them), or None: it is not known.
 
@@ -366,9 +366,9 @@ class Machine:
             lanes = self.lanes(mask)
             address = where()[lanes]
             if parts[0] != "global":
-                access = self.access(address, width, lanes)
-                self.shared.look(*access)
-                data = self.shared.bytes[access[0]]
+                places, warp = self.access(address, width, lanes)
+                self.shared.look(places, warp)
+                data = self.shared.bytes[places]
             else:
                 data = self.memory.read(address, width)
             pieces = np.zeros((len(self.thread), len(names)), KINDS[kind])
@@ -385,8 +385,8 @@ class Machine:
             lanes = self.lanes(mask)
             address, data = where()[lanes], np.stack([self.read_all(name, kind)[lanes] for name in names], 1).view("u1")
             if parts[0] != "global":
-                places, *who = self.access(address, data.shape[1], lanes)
-                self.shared.store(places, data, *who)
+                places, warp = self.access(address, data.shape[1], lanes)
+                self.shared.store(places, data, warp)
             else:
                 self.memory.write(address, data)
 
@@ -409,8 +409,8 @@ class Machine:
                 raise NotImplementedError("a copy of a part")
             data = np.zeros((len(lanes), width), "u1")
             data[there] = self.memory.read(source()[lanes][there], width)
-            places, *who = self.access(target()[lanes], width, lanes)
-            self.shared.copy(places, data, *who, lanes)
+            places, warp = self.access(target()[lanes], width, lanes)
+            self.shared.copy(places, data, warp, lanes)
 
         return run
 
@@ -462,9 +462,9 @@ class Machine:
             self.whole(mask)
             lanes = self.lanes(mask)
             lanes = lanes[lanes % 32 < 8 * n]  # whose addresses are those of rows
-            access = self.access(where()[lanes], 16, lanes, n)
-            self.shared.look(*access)
-            tiles = self.shared.bytes[access[0]].view("u2").reshape(-1, n, 8, 8)
+            places, warp = self.access(where()[lanes], 16, lanes, n)
+            self.shared.look(places, warp)
+            tiles = self.shared.bytes[places].view("u2").reshape(-1, n, 8, 8)
             pairs = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles).view("u4").reshape(-1, n, 32)
             whole = np.zeros((len(self.thread) // 32, n, 32), "u4")
             whole[np.unique(lanes // 32)] = pairs
@@ -483,8 +483,8 @@ class Machine:
             tiles = tiles.reshape(-1, n, 8, 8)
             tiles = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles)
             lanes = lanes[lanes % 32 < 8 * n]
-            places, *who = self.access(where()[lanes], 16, lanes, n)
-            self.shared.store(places, tiles.view("u1").reshape(-1, 16), *who)
+            places, warp = self.access(where()[lanes], 16, lanes, n)
+            self.shared.store(places, tiles.view("u1").reshape(-1, 16), warp)
 
         return run
 
@@ -559,7 +559,7 @@ class Machine:
         at ^= at >> 3 & span - 16  # swizzled: bits 4 to 6 by bits 7 to 9, fewer where less lies together
         program = self.program[::128][group]
         places = self.shared.places(at.reshape(-1), 2, program.repeat(rows * 16)).reshape(len(every), -1)
-        self.shared.look(places, SEVERAL, program[:, None])
+        self.shared.look(places, SEVERAL)
         self.shared.busy[places] = True
         out = np.zeros((len(group), rows, 16))
         out[group] = decode(self.shared.bytes[places].view("u2"), kind).reshape(-1, rows, 16)
@@ -569,7 +569,7 @@ class Machine:
         """Tensor cores have read their operands: these may be written from now on, after a barrier."""
         for program in np.unique(self.program[self.lanes(mask)]):
             mine = slice(program * self.shared.size, (program + 1) * self.shared.size)
-            self.shared.seen[mine][self.shared.busy[mine]] = self.shared.epoch[program]
+            self.shared.seen[mine][self.shared.busy[mine]] = self.shared.epoch
             self.shared.reader[mine][self.shared.busy[mine]] = SEVERAL
             self.shared.busy[mine] = False
 
@@ -594,7 +594,7 @@ class Machine:
                     inside = np.unique(self.program[mask])
                     if (live & np.isin(self.program, inside) & ~mask).any():
                         raise Fault("threads of a program wait at different barriers")
-                    self.shared.epoch[inside] += 1
+                    self.shared.epoch += 1
                     at += 1
                 whole = None if mask.all() else mask
                 while True:

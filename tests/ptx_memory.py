@@ -62,7 +62,7 @@ class Shared:
     def __init__(self, size, programs, threads, counting):
         self.size, self.counting, self.cycles, self.least = size, counting, 0, 0
         self.bytes = np.full(size * programs, 0xFF, "u1")
-        self.epoch = np.zeros(programs, "i4")  # barriers that a program has passed
+        self.epoch = 0  # barriers so far; programs that are not at one have run until their next
         self.written, self.writer, self.seen, self.reader = np.full((4, size * programs), -1, "i4")  # when, and by whom
         self.coming, self.busy = np.zeros((2, size * programs), bool)  # copies are on their way; tensor cores read
         self.group, self.copies = np.zeros(threads, "i4"), []  # groups of copies that a thread has made
@@ -74,37 +74,35 @@ class Shared:
             raise Fault(f"an access of {width} bytes, not aligned or beyond {self.size} bytes of shared memory")
         return (address + program * self.size)[:, None] + np.arange(width)
 
-    def look(self, places, warp, program):
+    def look(self, places, warp):
         """Note that warps read; SEVERAL do where they are not known apart."""
         if self.counting:
             return
-        epoch = self.epoch[program]
         if self.coming[places].any():
             raise Fault("shared memory is read before a copy has landed")
         if (self.written[places] < 0).any():
             raise Fault("shared memory is read where nothing was stored")
-        if ((self.written[places] == epoch) & (self.writer[places] != warp)).any():
+        if ((self.written[places] == self.epoch) & (self.writer[places] != warp)).any():
             raise Fault("a race: shared memory is read after another warp's store, without a barrier")
-        other = (self.seen[places] == epoch) & (self.reader[places] != warp)
-        self.seen[places], self.reader[places] = epoch, np.where(other, SEVERAL, warp)
+        other = (self.seen[places] == self.epoch) & (self.reader[places] != warp)
+        self.seen[places], self.reader[places] = self.epoch, np.where(other, SEVERAL, warp)
         self.reader[places[self.reader[places] != warp]] = SEVERAL  # at the same time
 
-    def guard(self, places, data, warp, program):
+    def guard(self, places, data, warp):
         """Fault where a store, or a copy, would meet others."""
         if self.counting:
             return
-        epoch = self.epoch[program]
         if self.coming[places].any() or self.busy[places].any():
             raise Fault("shared memory is written where a copy has not landed, or tensor cores read")
-        if ((self.seen[places] == epoch) & (self.reader[places] != warp)).any():
+        if ((self.seen[places] == self.epoch) & (self.reader[places] != warp)).any():
             raise Fault("a race: shared memory is written after another warp's load, without a barrier")
-        other = (self.written[places] == epoch) & (self.writer[places] != warp)
+        other = (self.written[places] == self.epoch) & (self.writer[places] != warp)
         if (other & (self.bytes[places] != data)).any():
             raise Fault("a race: two warps store to the same place of shared memory")
 
-    def store(self, places, data, warp, program):
-        self.guard(places, data, warp, program)
-        self.bytes[places], self.written[places], self.writer[places] = data, self.epoch[program], warp
+    def store(self, places, data, warp):
+        self.guard(places, data, warp)
+        self.bytes[places], self.written[places], self.writer[places] = data, self.epoch, warp
         if data.shape[1] % 4 == 0 and not self.counting:
             # Threads that hold the same sum may have rounded it differently: which of them is stored is not told
             stored, given = (np.ascontiguousarray(x).view("f4") for x in (self.bytes[places], data))
@@ -112,21 +110,21 @@ class Shared:
             if (~alike & (stored.view("u4") != given.view("u4"))).any():
                 raise Fault("a race: two threads store to the same place of shared memory")
 
-    def copy(self, places, data, warp, program, thread):
-        self.guard(places, data, warp, program)
+    def copy(self, places, data, warp, thread):
+        self.guard(places, data, warp)
         self.coming[places] = True
-        self.copies.append((places, data, warp, program, thread, self.group[thread]))
+        self.copies.append((places, data, warp, thread, self.group[thread]))
 
     def land(self, left, threads):
         """Threads wait for all groups of their copies but the last `left`."""
         waiting, flying = np.zeros(len(self.group), bool), []
         waiting[threads] = True
-        for places, data, warp, program, thread, group in self.copies:
+        for places, data, warp, thread, group in self.copies:
             done = waiting[thread] & (group < self.group[thread] - left)
             self.coming[places[done]], self.bytes[places[done]] = False, data[done]
-            self.written[places[done]], self.writer[places[done]] = self.epoch[program[done]], warp[done]
+            self.written[places[done]], self.writer[places[done]] = self.epoch, warp[done]
             if not done.all():
-                flying.append(tuple(x[~done] for x in (places, data, warp, program, thread, group)))
+                flying.append(tuple(x[~done] for x in (places, data, warp, thread, group)))
         self.copies = flying
 
     def count(self, address, width, lanes, matrices):
