@@ -147,8 +147,8 @@ OPERATIONS = {
     "mul": multiply, "mad": multiply, "min": fold(np.fmin), "max": fold(np.fmax),
 }
 MODIFIERS = {  # that a statement may have besides its types: with another it would do something else
-    "add": "rn ftz", "sub": "rn ftz", "mul": "rn ftz lo hi wide", "mad": "lo wide", "fma": "rn ftz", "div": "full",
-    "ex2": "approx ftz", "rsqrt": "approx ftz", "sqrt": "approx ftz", "cvt": "rn rzi rpi",
+    "add": "rn ftz", "sub": "rn ftz", "mul": "rn ftz lo hi wide", "mad": "lo wide", "fma": "rn ftz",
+    "div": "full approx", "ex2": "approx ftz", "rsqrt": "approx ftz", "sqrt": "approx ftz", "cvt": "rn rzi rpi",
     "setp": "eq ne lt le gt ge equ neu ltu leu gtu geu num", "ld": "param global shared shared::cta v2 v4",
     "st": "global shared shared::cta v2 v4", "cp": "async ca cg shared shared::cta global commit_group wait_group",
     "shfl": "sync up bfly idx", "redux": "sync add min max", "bar": "sync warp", "fence": "proxy async shared::cta",
