@@ -374,8 +374,8 @@ def check(target, rows):
     least = 8 if target == "gfx942" else 16  # of x and of the weight in three or four stages, with 256 or 128 threads
     bad = [row for row in few if len(row["copies"]) < least or "cp.async.ca" in row["copies"]]
     assert few and not bad, f"narrow copies of weights or rows:\n{show(bad)}"
-    # In full float32 tiles are not swizzled; a width of 1, the search's layout of tensor memory, and what Triton 3.6 makes
-    # of 32 gated rows are left as they are
+    # In full float32 tiles are not swizzled. Left as they are: a width of 1, the search's layout of tensor memory, what
+    # Triton 3.6 makes of 32 gated rows
     known = r"(attention|linear|decode) .*float32.*|rms_norm .* W=1 .*" + r"|nearest_code .*" * (target == "sm_100")
     known += r"|linear M=32 .* gated" * (triton_version() == (3, 6))
     bad = [row for row in rows if (row["conflicts"] or 1) > 1.1 and not re.fullmatch(known, row["kernel"])]
