@@ -272,8 +272,7 @@ class Machine:
 
     def bind(self, predicate, opcode, operands):
         name, *parts = opcode.split(".")
-        operation = name in OPERATIONS
-        make = functools.partial(self.operate, name) if operation else getattr(self, f"do_{name}", None)
+        make = getattr(self, f"do_{name}", functools.partial(self.operate, name) if name in OPERATIONS else None)
         strange = {*parts} - {*KINDS, *MODIFIERS.get(name, "").split()}
         run = make(parts, operands) if make and not strange else None
         if make is None and self.counting:  # tensor memory: as if there were nothing to wait for
@@ -359,6 +358,8 @@ class Machine:
         if parts[0] == "param":
             value = self.parameters[source.strip("[] ")]
             return lambda mask: self.write(target, kind, value.astype(f"u{size_of(kind)}").view(KINDS[kind]), mask)
+        if parts[0] in KINDS:  # generic: shared memory or global
+            return None
         names, where = listed(target), self.address(source)
         width = size_of(kind) * len(names)
 
@@ -379,6 +380,8 @@ class Machine:
         return run
 
     def do_st(self, parts, operands):
+        if parts[0] in KINDS:
+            return None
         names, where, kind = listed(operands[1]), self.address(operands[0]), parts[-1].replace("f", "b")
 
         def run(mask):

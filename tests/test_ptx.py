@@ -247,7 +247,8 @@ def test_programs():
 @pytest.mark.parametrize("statement", [
     "add.sat.f32 %r9, %r4, %r5", "cvt.rz.bf16.f32 %rs1, %r4", "setp.lt.ftz.f32 %p1, %r4, %r5", "bar.sync 1, 32",
     "setp.eq.s32 %p1, %r4, 0; @%p1 bar.sync 0", "lop3.b32 %r9, %r4, %r5, %r6, 7", "wgmma.wait_group.sync.aligned 1",
-    "cp.async.ca.shared.global [%r3], [%rd2], 4, 2", "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT",
+    "ld.b32 %r9, [%rd2]", "st.b32 [%rd2], %r9", "cp.async.ca.shared.global [%r3], [%rd2], 4, 2",
+    "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT",
 ])
 def test_what_it_does_not_know(statement):
     with pytest.raises(NotImplementedError):
