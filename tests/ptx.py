@@ -13,7 +13,6 @@ round once, from float64, better than a GPU's; ex2, rsqrt and division are off b
 Source: NVIDIA, PTX ISA 8.7, sections 5 (memory), 9.7 (instructions) and 9.7.14, 9.7.15 (operands of mma and wgmma).
 """
 
-import collections
 import functools
 import itertools
 import re
@@ -186,25 +185,39 @@ def convert(x, kind, rounding):
 
 @functools.lru_cache(64)
 def parse(ptx):
-    """The kernel's statements (predicate, opcode, operands), {label: where it stands, maybe several times},
-    {register: type} and {parameter: type}."""
+    """The kernel's statements (predicate, opcode, operands; a jump's operand is where it leads), {register: type} and
+    {parameter: type}."""
     head, body = ptx[ptx.index(".entry") :].split("\n{", 1)
     parameters = {name: kind for kind, name in re.findall(r"\.param \.(\w+)[^,\n]* (\w+)", head)}
     body = re.sub(r"//[^\n]*|^\s*\.(loc|pragma)[^\n]*$", "", body[: body.rindex("\n}")], flags=re.M)
-    registers, code, labels = {}, [], collections.defaultdict(list)
+    registers, code, labels, jumps, scope, scopes = {}, [], {}, [], (0,), 0
     for statement in body.split(";"):
         words = re.sub(r"\s+", " ", statement).strip()
         while found := re.match(r"(?:(\$?\w+):|[{}])\s*", words):
             words = words[found.end() :]
             if found[1]:
-                labels[found[1]].append(len(code))
+                if labels.setdefault((scope, found[1]), len(code)) != len(code):
+                    raise NotImplementedError(f"label {found[1]} twice")
+            elif found[0][0] == "{":  # of inline assembly, whose labels are its own
+                scopes += 1
+                scope += (scopes,)
+            else:
+                scope = scope[:-1]
         if declared := re.match(r"\.reg \.(\w+) (.*)", words):
             for name, count in re.findall(r"([%\w]+)(?:<(\d+)>)?", declared[2]):
                 registers |= {f"{name}{i}": declared[1] for i in range(int(count))} if count else {name: declared[1]}
         elif words and not words.startswith("."):
             predicate, opcode, rest = re.match(r"(?:@(!?[%\w]+) )?(\S+) ?(.*)", words).groups()
+            if opcode.startswith("bra"):
+                jumps.append((len(code), scope, rest))
             code.append((predicate, opcode, [word.strip() for word in re.split(r",(?![^{\[]*[}\]])", rest)]))
-    return code, labels, registers, parameters
+    for at, scope, label in jumps:
+        while scope and (scope, label) not in labels:
+            scope = scope[:-1]
+        if not scope:
+            raise NotImplementedError(f"a jump to {label}, which is no label")
+        code[at] = (*code[at][:2], [labels[scope, label]])
+    return code, registers, parameters
 
 
 def listed(operand):
@@ -216,7 +229,7 @@ class Machine:
     """Some programs of a launch: its PTX, threads of a program, bytes of shared memory, the grid, and the arguments."""
 
     def __init__(self, ptx, threads, shared, programs, grid, arguments, memory, counting=False):
-        self.code, self.labels, registers, parameters = parse(ptx)
+        self.code, registers, parameters = parse(ptx)
         self.memory, self.counting, n = memory, counting, threads * len(programs)
         self.registers = {name: np.zeros(n, KINDS[kind.replace("f", "b")]) for name, kind in registers.items()}
         given = itertools.zip_longest(parameters.items(), arguments, fillvalue=0)  # Triton adds two, which are not read
@@ -615,20 +628,13 @@ class Machine:
                         if opcode == "ret":
                             live &= ~goes
                         else:
-                            add(self.target(operands[0], at), goes)
+                            add(operands[0], goes)
                         break
                     self.steps[at](whole)
                     at += 1
         if self.shared.coming.any() and not self.counting:
             raise Fault("the kernel ends before its copies have landed")
         return self
-
-    def target(self, label, at):
-        """Where a jump leads; of the labels of inline assembly, which stand in several places, to the next."""
-        places = self.labels[label]
-        if len(places) > 1 and places[-1] <= at:
-            raise NotImplementedError(f"a jump back to {label}, one of several")
-        return next((place for place in places if place > at), places[0])
 
 
 def conflicts(ptx, threads, shared, arguments, limit=16000):

@@ -336,7 +336,7 @@ def figures():
 
 
 def test_compile():
-    """HEAVY on sm_90; continuous integration takes all kernels, four GPUs, and the figures."""
+    """HEAVY on sm_90, and a search for sm_100; continuous integration takes all kernels, four GPUs, and the figures."""
     pytest.importorskip("triton")
     rows = table(["sm_90"], "|".join(HEAVY), counted=False)
     missing = [pattern for pattern in HEAVY if not any(re.fullmatch(pattern, row["kernel"]) for row in rows)]
@@ -344,6 +344,8 @@ def test_compile():
     left = {case[1].fn.__name__ for case in cases("sm_90")} - {row["function"] for row in rows}
     assert not left, f"HEAVY names no launch of {left}"
     check("sm_90", rows)
+    (search,) = table(["sm_100"], "nearest_code l2 D=8", counted=False)  # whose code is another: tensor memory
+    assert search["mma"] and 1 < search["conflicts"] < 8
 
 
 def triton_version():

@@ -89,6 +89,10 @@ def test_statements(statements, expected):
      [*range(5, 36), 7]),
     ("mov.b32 %r9, 0; AGAIN: add.s32 %r9, %r9, 2; setp.lt.u32 %p1, %r9, %r1; @%p1 bra AGAIN",  # threads part
      [max(2, i + i % 2) for i in range(32)]),
+    ("mov.b32 %r9, 0; " + 2 * (  # of the same labels in two blocks, each jump stays in its own
+        "{ mov.b32 %r4, 0; AGAIN: add.s32 %r4, %r4, 1; setp.lt.u32 %p1, %r4, 3; @%p1 bra.uni AGAIN; "
+        "add.s32 %r9, %r9, %r4; setp.gt.u32 %p1, %r1, 8; { @%p1 bra ON; } add.s32 %r9, %r9, 10; ON: } "),
+     9 * [26] + 23 * [6]),
 ])
 def test_threads(statement, expected):
     assert run(f"{statement}; st.global.b32 [%rd2], {{%r9}};").tolist() == expected
@@ -248,7 +252,7 @@ def test_programs():
     "add.sat.f32 %r9, %r4, %r5", "cvt.rz.bf16.f32 %rs1, %r4", "setp.lt.ftz.f32 %p1, %r4, %r5", "bar.sync 1, 32",
     "setp.eq.s32 %p1, %r4, 0; @%p1 bar.sync 0", "lop3.b32 %r9, %r4, %r5, %r6, 7", "wgmma.wait_group.sync.aligned 1",
     "ld.b32 %r9, [%rd2]", "st.b32 [%rd2], %r9", "cp.async.ca.shared.global [%r3], [%rd2], 4, 2",
-    "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT",
+    "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT", "{ AT: mov.b32 %r4, 0; } bra AT",
 ])
 def test_what_it_does_not_know(statement):
     with pytest.raises(NotImplementedError):
