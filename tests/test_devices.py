@@ -6,6 +6,7 @@ operators run there as they are, in both modes, forward and backward; only launc
 
 import contextlib
 import importlib
+import pkgutil
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from gpt import GPT, GPTConfig
 from t5 import T5Config, T5Encoder
 from vq import VQConfig, VQModel, usage_and_perplexity
 
-FILES = [importlib.import_module(f"kernels.{name}") for name in
-         ("codebook", "cross_entropy", "decode", "rms_norm", "rope_attention", "sampling", "swiglu")]
+FILES = [importlib.import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
 OPERATORS = {op._opoverload: op._init_fn for file in FILES for op in vars(file).values() if hasattr(op, "_init_fn")}
 COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default  # from one device to another on purpose
 
@@ -121,7 +121,7 @@ def test_generate(kind, settings, launched, monkeypatch):
     model, cond = make_gpt(kind)
     drawn = sample.generate(model, *cond, **settings, cfg_scale=2.0, cfg_stop=2)
     assert drawn.is_meta and drawn.shape == (2, 2, 2)
-    check_launched(launched, "_decode_attention_kernel", "_sample_codes_kernel")
+    check_launched(launched, "_skinny_linear_kernel", "_decode_attention_kernel", "_sample_codes_kernel")
 
 
 def test_vq(launched):
