@@ -122,6 +122,13 @@ def extract(a, start, length):
     return bits - ((bits >> length - 1 & 1) << length) if a.dtype.kind == "i" else bits
 
 
+def insert(a, b, start, length):
+    """b, but from bit `start` on, for `length` bits, the lowest of a."""
+    start, length = (start & 255).astype(a.dtype), (length & 255).astype(a.dtype)
+    where = (1 << length) - 1 << start
+    return b & ~where | a << start & where
+
+
 def permute(a, b, selectors):
     """Four of the eight bytes of a and b; selectors above 7 ask for copies of a byte's sign."""
     a, b, selectors = np.broadcast_arrays(a, b, selectors)
@@ -140,8 +147,8 @@ OPERATIONS = {
     "add": np.add, "sub": np.subtract, "div": divide, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "popc": np.bitwise_count,
     "ex2": lambda x: np.exp2(x.astype("f8")).astype("f4"),
-    "rsqrt": lambda x: (1 / np.sqrt(x.astype("f8"))).astype("f4"), "fma": fuse, "bfe": extract, "prmt": permute,
-    "shl": lambda a, b: a << np.minimum(b, 64).astype(a.dtype),
+    "rsqrt": lambda x: (1 / np.sqrt(x.astype("f8"))).astype("f4"), "fma": fuse, "bfe": extract, "bfi": insert,
+    "prmt": permute, "shl": lambda a, b: a << np.minimum(b, 64).astype(a.dtype),
     "shr": lambda a, b: a >> np.minimum(b, 64).astype(a.dtype),  # by all bits and more: nothing but the sign is left
     "mul": multiply, "mad": multiply, "min": fold(np.fmin), "max": fold(np.fmax),
 }
@@ -313,8 +320,9 @@ class Machine:
         kind, (target, *sources) = next(part for part in parts[::-1] if part in KINDS), operands
         wide = kind[0] + str(2 * int(kind[1:])) if "wide" in parts else kind
         function, kinds = OPERATIONS[name], [kind] * len(sources)
-        if name in ("shl", "shr", "bfe"):
-            kinds[1:] = ["u32"] * (len(sources) - 1)
+        if name in ("shl", "shr", "bfe", "bfi"):
+            own = 2 if name == "bfi" else 1
+            kinds[own:] = ["u32"] * (len(sources) - own)
         if name in ("mul", "mad"):
             kinds[2:] = [wide] * (len(sources) - 2)
             function = functools.partial(multiply, high="hi" in parts, wide="wide" in parts)

@@ -50,6 +50,8 @@ def bits(x):
     ("mov.b32 %r4, 0xfffffffe; mul.hi.u32 %r9, %r4, 3", 2), ("mov.b32 %r4, -2; mul.hi.s32 %r9, %r4, 3", 0xFFFFFFFF),
     ("mul.wide.s32 %rd3, -2, 3; mov.b64 {_, %r9}, %rd3", 0xFFFFFFFF), ("mad.lo.s32 %r9, 5, 6, 7", 37),
     ("bfe.u32 %r9, 0xabcd, 4, 8", 0xBC), ("bfe.s32 %r9, 0xabcd, 4, 8", 0xFFFFFFBC), ("popc.b32 %r9, 0xff01", 9),
+    ("bfi.b32 %r9, 0xabcd, 0x11111111, 8, 12", 0x111BCD11), ("bfi.b32 %r9, 5, 6, 0, 32", 5),
+    ("mov.b64 %rd3, -1; bfi.b64 %rd3, 0, %rd3, 60, 9; mov.b64 {_, %r9}, %rd3", 0x0FFFFFFF),
     ("prmt.b32 %r9, 0x33221100, 0x77665544, 0x7531", 0x77553311), ("prmt.b32 %r9, 0x80, 0, 0x4448", 0xFF),
     ("cvt.rn.bf16x2.f32 %r9, 0f3F800000, 0f40000000", 0x3F804000),  # the first is the upper half
     ("cvt.rn.bf16.f32 %rs1, 0f3F808000; cvt.u32.u16 %r9, %rs1", 0x3F80),  # to even
