@@ -80,7 +80,7 @@ def teach_bfloat16():
 
 @pytest.fixture
 def kernels_mode():
-    """`kernels.use`, for whole models by Triton kernels under the interpreter."""
+    """`kernels.use`, for whole models by Triton kernels on a CPU."""
     import kernels
 
     pytest.importorskip("triton")

@@ -212,7 +212,10 @@ def parse(ptx):
                 scope = scope[:-1]
         if declared := re.match(r"\.reg \.(\w+) (.*)", words):
             for name, count in re.findall(r"([%\w]+)(?:<(\d+)>)?", declared[2]):
-                registers |= {f"{name}{i}": declared[1] for i in range(int(count))} if count else {name: declared[1]}
+                new = {f"{name}{i}": declared[1] for i in range(int(count))} if count else {name: declared[1]}
+                if any(registers.get(register, declared[1]) != declared[1] for register in new):
+                    raise NotImplementedError(f"registers {name} of two types")
+                registers |= new
         elif words and not words.startswith("."):
             predicate, opcode, rest = re.match(r"(?:@(!?[%\w]+) )?(\S+) ?(.*)", words).groups()
             if opcode.startswith("bra"):

@@ -173,7 +173,7 @@ def test_a_variant_lasts_for_its_row_only(kernel):
     for variant in bench_kernels.VARIANTS
 ])
 def test_variants_compute_the_same(op, kernel, changes, kernels_mode, monkeypatch):
-    """By the kernels, under the interpreter, with keys before the diagonal of attention."""
+    """By the kernels, on a CPU, with keys before the diagonal of attention."""
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
     sizes = dataclasses.replace(bench_kernels.TINY, attention=((2, 160, 1, 16),))
     kernels_mode("triton")

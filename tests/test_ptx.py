@@ -51,6 +51,7 @@ def bits(x):
     ("mul.wide.s32 %rd3, -2, 3; mov.b64 {_, %r9}, %rd3", 0xFFFFFFFF), ("mad.lo.s32 %r9, 5, 6, 7", 37),
     ("bfe.u32 %r9, 0xabcd, 4, 8", 0xBC), ("bfe.s32 %r9, 0xabcd, 4, 8", 0xFFFFFFBC), ("popc.b32 %r9, 0xff01", 9),
     ("bfi.b32 %r9, 0xabcd, 0x11111111, 8, 12", 0x111BCD11), ("bfi.b32 %r9, 5, 6, 0, 32", 5),
+    ("bfi.b32 %r9, 5, 6, 3, 0", 6), ("bfi.b32 %r9, 5, 6, 33, 4", 6),
     ("mov.b64 %rd3, -1; bfi.b64 %rd3, 0, %rd3, 60, 9; mov.b64 {_, %r9}, %rd3", 0x0FFFFFFF),
     ("prmt.b32 %r9, 0x33221100, 0x77665544, 0x7531", 0x77553311), ("prmt.b32 %r9, 0x80, 0, 0x4448", 0xFF),
     ("cvt.rn.bf16x2.f32 %r9, 0f3F800000, 0f40000000", 0x3F804000),  # the first is the upper half
@@ -255,6 +256,7 @@ def test_programs():
     "setp.eq.s32 %p1, %r4, 0; @%p1 bar.sync 0", "lop3.b32 %r9, %r4, %r5, %r6, 7", "wgmma.wait_group.sync.aligned 1",
     "ld.b32 %r9, [%rd2]", "st.b32 [%rd2], %r9", "cp.async.ca.shared.global [%r3], [%rd2], 4, 2",
     "AT: mov.b32 %r4, 0; AT: mov.b32 %r4, 1; bra AT", "{ AT: mov.b32 %r4, 0; } bra AT",
+    "{ .reg .b32 a; mov.b32 a, 0; } { .reg .b16 a; mov.b16 a, 0; }",
 ])
 def test_what_it_does_not_know(statement):
     with pytest.raises(NotImplementedError):
