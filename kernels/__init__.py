@@ -22,6 +22,7 @@ except ImportError:  # macOS, Windows, CPU-only wheels: the kernels below are th
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_RUNS = "sm_90"  # the GPU whose tiles kernels have on a CPU, for tests
 
 _mode = "auto"
 
@@ -66,6 +67,15 @@ def use_triton(x: torch.Tensor, why: str = "") -> bool:
 def on_device(x: torch.Tensor):
     """Context that makes the device of x current, where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def architecture(x: torch.Tensor) -> str:
+    """For which GPU the tiles of a kernel on x are: "hip", "sm_100", "sm_90", or "sm_80" for NVIDIA's others, whose
+    tensor cores read registers only."""
+    if not x.is_cuda:
+        return CPU_RUNS
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return "hip" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 @contextlib.contextmanager

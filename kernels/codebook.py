@@ -19,7 +19,7 @@ other, predicted for N = 262,144 and K = 16,384 on an H100.
 
 import torch
 
-from kernels import full_float32, on_device, tl, triton, use_triton
+from kernels import architecture, full_float32, on_device, tl, triton, use_triton
 
 CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 26  # scores per chunk of the PyTorch path: in cache, and 256 MiB
 
@@ -192,7 +192,7 @@ def _nearest_code_kernel(
 def launch_config(D, async_mma=True):
     """Constants by code dimension; groups of BLOCK_K / SLOTS codes are smaller where codes are wider to rescan.
 
-    async_mma: the tensor cores read shared memory (sm_90 on), which leaves registers for chunks of depth 32, not 16.
+    async_mma: tensor cores read shared memory (sm_90, sm_100), which leaves registers for chunks of depth 32, not 16.
     MARGIN bounds, relative to |z| max|e|, how far apart two scores can be pushed: each by 2^-23 per truncation. A
     product of depth 16 truncates 17 terms (its own and the sum so far) and the result: 18. D <= 8 takes 2 of them,
     wider codes 3 per 16 channels, so 54 / 16 = 27 / 8 per channel; 4 and 8 more are for what the split leaves out.
@@ -207,8 +207,7 @@ def launch_config(D, async_mma=True):
 
 def _nearest_code_triton(z, codebook, l2):
     N, (K, D) = z.shape[0], codebook.shape
-    nvidia = z.is_cuda and not torch.version.hip
-    config = launch_config(D, async_mma=nvidia and torch.cuda.get_device_capability(z.device) >= (9, 0))
+    config = launch_config(D, async_mma=architecture(z) in ("sm_90", "sm_100"))
     z, codebook, indices = z.contiguous(), codebook.contiguous(), z.new_empty(N, dtype=torch.int64)
     padded, part = triton.cdiv(K, config["BLOCK_K"]) * config["BLOCK_K"], config["PART"]
     norms = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float32)

@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kernels import on_device, tl, triton, use_triton
+from kernels import architecture, on_device, tl, triton, use_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -291,8 +291,7 @@ def _plan(qkv, cos, sin, n_head, n_kv_head, padding, backward):
     cos, sin = cos.contiguous(), sin.contiguous()
     T, W, group = *qkv.shape[1:], n_head // n_kv_head
     D = W // (n_head + 2 * n_kv_head)
-    major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
-    arch = "hip" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    arch = architecture(qkv)
     widths = [n_head * D, n_kv_head * D, n_kv_head * D]
     q, k, v = qkv.split(widths, dim=-1)
     inside = rotates_inside(T, D, group, padding is not None, arch)

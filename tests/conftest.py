@@ -38,7 +38,7 @@ def pytest_configure():
         if torch.cuda.is_available():
             raise pytest.UsageError("NANOLLAMAGEN_PTX is for machines without a GPU: CUDA_VISIBLE_DEVICES= hides it")
         ptx.install(target)
-        kernels.INTERPRETED = True
+        kernels.INTERPRETED, kernels.CPU_RUNS = True, target
         return
     new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -421,6 +422,16 @@ def test_unserved_gpu_falls_back_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         assert kernels._find_obstacle("cuda", 0)
     kernels._find_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("capability, hip, name", [
+    ((8, 9), None, "sm_80"), ((9, 0), None, "sm_90"), ((10, 3), None, "sm_100"), ((12, 0), None, "sm_80"),
+    ((9, 4), "6.4", "hip"),
+])
+def test_architecture(capability, hip, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert kernels.architecture(types.SimpleNamespace(is_cuda=True, device="cuda:0")) == name
 
 
 UNMASKED = {  # a number; whole blocks, to which the packed codes are padded; parts, as many as a block
