@@ -71,7 +71,7 @@ def on_device(x: torch.Tensor):
 
 def architecture(x: torch.Tensor) -> str:
     """For which GPU the tiles of a kernel on x are: "hip", "sm_100", "sm_90", or "sm_80" for NVIDIA's others, whose
-    tensor cores read registers only."""
+    tensor cores read registers only; on a CPU CPU_RUNS."""
     if not x.is_cuda:
         return CPU_RUNS
     major = torch.cuda.get_device_capability(x.device)[0]

@@ -189,10 +189,10 @@ def _nearest_code_kernel(
     tl.store(idx_ptr + offs_m, winner.to(tl.int64), mask=offs_m < N)
 
 
-def launch_config(D, async_mma=True):
+def launch_config(D, arch="sm_90"):
     """Constants by code dimension; groups of BLOCK_K / SLOTS codes are smaller where codes are wider to rescan.
 
-    async_mma: tensor cores read shared memory (sm_90, sm_100), which leaves registers for chunks of depth 32, not 16.
+    Tensor cores that read shared memory (sm_90, sm_100) leave registers for chunks of depth 32, not 16.
     MARGIN bounds, relative to |z| max|e|, how far apart two scores can be pushed: each by 2^-23 per truncation. A
     product of depth 16 truncates 17 terms (its own and the sum so far) and the result: 18. D <= 8 takes 2 of them,
     wider codes 3 per 16 channels, so 54 / 16 = 27 / 8 per channel; 4 and 8 more are for what the split leaves out.
@@ -201,13 +201,13 @@ def launch_config(D, async_mma=True):
     if D <= 8:
         return dict(config, PART=8, BLOCK_D=16, SLOTS=4, PAIR=2, MARGIN=40 * 2.0**-22)
     part = max(16, triton.next_power_of_2(D))
-    block_d, slots = (part, 8) if part <= 32 else (32 if async_mma else 16, 16)
+    block_d, slots = (part, 8) if part <= 32 else (32 if arch in ("sm_90", "sm_100") else 16, 16)
     return dict(config, PART=part, BLOCK_D=block_d, SLOTS=slots, PAIR=1, MARGIN=(27 * part // 8 + 8) * 2.0**-22)
 
 
 def _nearest_code_triton(z, codebook, l2):
     N, (K, D) = z.shape[0], codebook.shape
-    config = launch_config(D, async_mma=architecture(z) in ("sm_90", "sm_100"))
+    config = launch_config(D, architecture(z))
     z, codebook, indices = z.contiguous(), codebook.contiguous(), z.new_empty(N, dtype=torch.int64)
     padded, part = triton.cdiv(K, config["BLOCK_K"]) * config["BLOCK_K"], config["PART"]
     norms = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float32)

@@ -322,10 +322,8 @@ class Machine:
     def operate(self, name, parts, operands):
         kind, (target, *sources) = next(part for part in parts[::-1] if part in KINDS), operands
         wide = kind[0] + str(2 * int(kind[1:])) if "wide" in parts else kind
-        function, kinds = OPERATIONS[name], [kind] * len(sources)
-        if name in ("shl", "shr", "bfe", "bfi"):
-            own = 2 if name == "bfi" else 1
-            kinds[own:] = ["u32"] * (len(sources) - own)
+        places = dict(shl=1, shr=1, bfe=2, bfi=2).get(name, 0)  # the last operands, which are numbers of bits
+        function, kinds = OPERATIONS[name], [kind] * (len(sources) - places) + ["u32"] * places
         if name in ("mul", "mad"):
             kinds[2:] = [wide] * (len(sources) - 2)
             function = functools.partial(multiply, high="hi" in parts, wide="wide" in parts)

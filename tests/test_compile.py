@@ -64,7 +64,7 @@ def search_cases(target):
     searches = [(D, f32, l2) for D in CODE_DIMS for l2 in (True, False)]
     searches += MORE_SEARCHES if target == "sm_90" else ()
     for D, dtype, l2 in searches:
-        config = file.launch_config(D, async_mma=target in ("sm_90", "sm_100"))
+        config = file.launch_config(D, target)
         args = (dtype, dtype, "float16", f32, f32, "int64", 262144, CODES, CODES)
         name = f"nearest_code {'l2' if l2 else 'euclid'} D={D}" + f" {dtype}" * (dtype != f32)
         pairs, trips = config["BLOCK_M"] * config["BLOCK_K"], max(config["PART"] // config["BLOCK_D"], 1)
